@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from conftest import pixels, tiny_sd
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file, save_file
 from serving import embedding_file, lora_file
 
 import plainsd
@@ -256,6 +257,42 @@ def test_other_weights_under_the_same_name_are_told(made, generate, tmp_path):
     code, out, err = generate("--from", first, "--model", tmp_path / "other" / Path(read_settings(first).model))
     assert code == 0 and "the picture will differ" in err
     assert not same(Path(out.strip()), first)
+
+
+def test_another_lora_under_the_same_name_is_told(made, generate, model, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        (tmp_path / name).mkdir()
+        lora_file(Path(model), tmp_path / name / "p, q.safetensors", seed)
+    one, two = (tmp_path / name / "p, q.safetensors" for name in ("a", "b"))
+    first = made("x", "--steps", 1, "--lora", f"{one}:0.3", "--lora", f"{two}:0.9")
+    code, out, err = generate("--from", first, "--lora", one, "--lora", two)
+    assert code == 0 and "note:" not in err and same(Path(out.strip()), first)
+    was = [value for name, value in read_settings(first).hashes if name.startswith("lora:")]
+    code, out, err = generate("--from", first, "--lora", two, "--lora", two)
+    assert code == 0 and err.count("note:") == 1 and not same(Path(out.strip()), first)
+    assert f"LoRA 'p q' of the hash {was[0]}, and that of {two} is {was[1]}: the picture will differ" in err
+
+
+def test_hashes_of_loras_in_others_texts(generate, theirs, model, tmp_path):
+    """By what the trainer called it; of the tensors, as A1111, or of the whole file, as some programs write them."""
+    file = tmp_path / "style.safetensors"
+    lora_file(Path(model), file, 1)
+    save_file(load_file(file), file, {"ss_output_name": "ink"})
+    content = file.read_bytes()
+    tensors = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    for recorded, noted in ((tensors[:12], 0), (sha256(file)[:10].upper(), 0), ("1a2b3c4d5e", 1)):
+        text = theirs(prompt="<lora:ink:0.8> ", more=f'Lora hashes: "ink: {recorded}", ')
+        code, _, err = generate("--from", text, "--lora", file)
+        assert code == 0 and err.count("LoRA 'ink' of the hash") == noted, err
+
+
+def test_a_tag_in_a1111s_negative_prompt_is_left_out(generate, theirs):
+    for tag in ("<lora:style:0.8:lbw=MIDD>", "<lora:style:1>", "<hypernet:anime:1>"):
+        prompt = "a cat\nNegative prompt: bad, "
+        text = theirs(prompt=f"{prompt}{tag} ")
+        code, out, err = generate("--from", text)
+        assert code == 0 and f"note: {tag} in the negative prompt of '{text}' is left out: A1111 loads no LoRA" in err
+        assert read_settings(out.strip()).negative.startswith("bad,  a (red:1.2) apple")
 
 
 def test_hashes_of_large_files_are_kept(tmp_path, monkeypatch):

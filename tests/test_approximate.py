@@ -10,6 +10,7 @@ import torch
 from conftest import TINY, TINY_XL, difference, tiny_sd
 
 import plainsd
+from plainsd.checkpoint import packed_network
 from plainsd.errors import UserError
 from plainsd.generate import final, text_to_image
 from plainsd.models.deep_cache import DeepCache
@@ -18,6 +19,7 @@ from plainsd.pictures.model import Saving
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.speed.int8 import exact_products, int8
+from plainsd.speed.model import faster
 
 OPTIONS = {"size": 64, "steps": 6, "guidance": 4.0, "seed": 5}
 CONFIG = UNetConfig(channels=(16, 32, 32), depth=(1, 1, 0), heads=(2, 2, 2), layers=2, context=8, groups=8)
@@ -156,9 +158,25 @@ def test_8_bits_are_near_and_take_less(activations):
     x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TINY.unet.context)
     plain, size = sd.unet(x, 500.0, context), linear_bytes(sd.unet)
     assert int8(sd, activations=activations) is sd
+    with pytest.raises(UserError, match="in 8 bits already"):
+        int8(sd)
+    with pytest.raises(UserError, match="cannot be cast to torch.bfloat16"):
+        sd.to(dtype=torch.bfloat16)
+    with pytest.raises(UserError, match="save it without int8"):
+        packed_network(sd.unet)
     error = (sd.unet(x, 500.0, context) - plain).norm() / plain.norm()
     assert 0 < error < 0.05
     assert linear_bytes(sd.unet) < 0.35 * size  # a quarter, and a scale for each row
+
+
+def test_a_packed_model_is_made_plain_for_8_bits():
+    pytest.importorskip("torchao")
+    packed, plain = faster(tiny_sd()), int8(tiny_sd())
+    with pytest.warns(UserWarning, match="was packed, and 8 bits need plain layers: call faster again"):
+        int8(packed)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 5, TINY.unet.context)
+    assert (packed.unet(x, 500.0, context) - plain.unet(x, 500.0, context)).abs().max() < 1e-5
+    assert linear_bytes(packed.unet) == linear_bytes(plain.unet)
 
 
 def test_products_that_overflow_are_found_and_refused():

@@ -34,6 +34,10 @@ def relist(folder: Path, name: str, entry: object) -> None:
     (folder / "model_index.json").write_text(json.dumps({key: value for key, value in index.items() if value}))
 
 
+def change(path: Path, **settings: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
 def rename(tensors: dict) -> None:
     for name in sorted(tensors)[:7]:
         tensors["x." + name] = tensors.pop(name)
@@ -108,6 +112,20 @@ WRONG = {
             (m / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": [1]}'),
         ],
         "lists no files",
+    ),
+    "text encoders of another model": (
+        lambda m: change(m / "unet" / "config.json", cross_attention_dim=24),
+        r"its UNet reads texts of width 24, and its text encoders give \d+; put the parts of one model together",
+    ),
+    "a VAE of another model": (
+        lambda m: (
+            change(m / "vae" / "config.json", latent_channels=2) or change(m / "unet" / "config.json", in_channels=2)
+        ),
+        "its UNet gives 4 channels, and its VAE's latents have 2; put the parts of one model together",
+    ),
+    "a VAE of another class": (
+        lambda m: change(m / "vae" / "config.json", _class_name="ConsistencyDecoderVAE"),
+        "'ConsistencyDecoderVAE' is not supported; choose an autoencoder of class AutoencoderKL or AutoencoderTiny",
     ),
     "unknown scheduler": (
         lambda m: (m / "scheduler" / "scheduler_config.json").write_text('{"beta_schedule": "sigmoid"}'),

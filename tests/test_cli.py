@@ -20,13 +20,15 @@ import plainsd
 from plainsd.cli import COMMANDS, main
 from plainsd.commands.adapters import LoraStrengths, chosen_loras, embedding_from_flag, from_flag
 from plainsd.commands.generate import Generate
-from plainsd.commands.grid import axis
+from plainsd.commands.grid import axis, set_strengths
 from plainsd.commands.output import Target
 from plainsd.commands.recorded import check_recorded, with_notes
+from plainsd.commands.remote import prompt_and_loras
 from plainsd.commands.tokens import describe
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Settings
+from plainsd.text.prompts import LoraTag, tagged_loras
 
 
 @pytest.fixture
@@ -332,6 +334,93 @@ def test_two_strengths_of_a_lora(generate, model, tmp_path):
     again = made("--from", drawn, "--lora", tmp_path / "loras" / "style.safetensors")
     assert read_settings(again) == read_settings(drawn) and np.abs(pixels(again) - pixels(drawn)).max() <= 1
     assert "is not a LoRA with one strength or two ('dyn=4')" in generate("x <lora:style:1:dyn=4>", *place)[2]
+
+
+@pytest.mark.parametrize("tags, flags, expected", [  # strengths of the UNet
+    ("<lora:d:0.5> <lora:d:0.3>", ["d"], [("d", 0.5), ("d", 0.3)]),  # of --lora d:0.5 --lora d:0.3
+    ("<lora:d:0.5> <lora:d:0.3>", ["d:0.9"], [("d", 0.9)]),  # a flag's overrides them
+    ("<lora:d:0.5> <lora:d:0.3>", ["d", "d"], [("d", 0.5), ("d", 0.3)]),
+    ("<lora:d:0.3> <lora:d:0.9>", ["A/d", "B/d"], [("A/d", 0.3), ("B/d", 0.9)]),
+    ("<lora:d:0.3> <lora:d:0.9>", ["A/d:2", "B/d"], [("A/d", 2.0), ("B/d", 0.9)]),
+    ("<lora:d:0.3>", ["d", "e", "d:0.1"], [("d", 0.3), ("e", 1.0), ("d", 0.1)]),
+    ("<lora:x/d:0.1:0.2> <lora:e:0.5>", ["e", "d"], [("e", 0.5), ("d", 0.2)]),
+    ("", ["d:0.5", "d:0.3"], [("d", 0.5), ("d", 0.3)]),
+])  # fmt: skip
+def test_tags_are_taken_in_turn(tags, flags, expected):
+    """By the LoRAs of --lora, here and where a server draws."""
+    flags = ["{}.safetensors{}{}".format(*flag.partition(":")) for flag in flags]
+    given = [from_flag(flag) for flag in flags]
+    here = chosen_loras(flags, tagged_loras(tags)[1], None)
+    assert [(str(path.with_suffix("")), one.strength) for path, one in here] == expected
+    there = prompt_and_loras(f"a {tags}", given)
+    assert there["prompt"].strip() == "a"
+    names = [Path(name).name for name, _ in expected]
+    fields = [LoraStrengths(one["strength"], one.get("text_strength", one["strength"])) for one in there["loras"]]
+    assert [one["name"] for one in there["loras"]] == names and fields == [strengths for _, strengths in here]
+
+
+def test_a_lora_named_twice_acts_twice(generate, model, tmp_path):
+    from serving import lora_file
+
+    (tmp_path / "loras").mkdir()
+    file = tmp_path / "loras" / "d.safetensors"
+    lora_file(model, file, 1)
+
+    def made(*arguments):
+        code, out, err = generate(*arguments)
+        assert code == 0, err
+        return Path(out.strip())
+
+    twice, once = made("x", "--lora", f"{file}:0.5", "--lora", f"{file}:0.3"), made("x", "--lora", f"{file}:0.8")
+    assert read_settings(twice).prompt == "x <lora:d:0.5> <lora:d:0.3>"
+    for again in (
+        made("--from", twice, "--lora", file), made("x <lora:d:0.5> <lora:d:0.3>", "--lora-folder", file.parent)
+    ):  # fmt: skip
+        assert read_settings(again) == read_settings(twice)
+        assert np.abs(pixels(again) - pixels(twice)).max() <= 1 and np.abs(pixels(again) - pixels(once)).max() <= 1
+    assert np.abs(pixels(made("x", "--lora", f"{file}:0.3")) - pixels(once)).max() > 5
+
+
+def test_a_folder_and_its_trainers_name(generate, model, tmp_path):
+    """A LoRA in a folder with a dot is recorded whole, and its tag may be what A1111 calls it."""
+    import torch
+
+    from plainsd.adapters.lora import inject, save_lora
+
+    sd = plainsd.load(model, device="cpu", dtype="float32")
+    lora = inject(sd.unet, rank=2, generator=torch.Generator().manual_seed(0))
+    for parameter in lora.parameters():
+        parameter.data += 0.3
+    (saved := tmp_path / "loras" / "v1.5").mkdir(parents=True)
+    save_lora(sd, saved / "pytorch_lora_weights.safetensors", metadata={"ss_output_name": "ink"})
+    code, out, err = generate("x", "--lora", f"{saved}:0.5")
+    first = Path(out.strip())
+    assert read_settings(first).prompt == "x <lora:v1.5:0.5>" and "lora:v1.5" in dict(read_settings(first).hashes)
+    for arguments in (["--from", first, "--lora-folder", saved.parent], ["x <lora:ink:0.5>", "--lora", saved]):
+        code, out, err = generate(*arguments)
+        assert code == 0 and read_settings(out.strip()) == read_settings(first), err
+        assert np.abs(pixels(out.strip()) - pixels(first)).max() <= 1
+    fields = prompt_and_loras("x <lora:ink:0.5>", [(saved / "pytorch_lora_weights.safetensors", None)])
+    assert fields == {"prompt": "x", "loras": [{"name": "pytorch_lora_weights", "strength": 0.5}]}
+
+
+def test_strengths_of_a_grid_are_set_by_the_loras_own_names():
+    from plainsd.adapters.lora import inject
+
+    sd = tiny_sd()
+    names = ("a-b", "a_b", "v1.5 ink", "a_b_2", "ink", "ink")
+    loras = [inject(sd.unet, 2, name=name) for name in names]
+    set_strengths(sd, [(axis(f"lora:{name}=0.25").name.removeprefix("lora:"), 0.25) for name in names[:3]])
+    strengths = [next(iter(lora.adapters.values())).strength for lora in loras]
+    assert strengths == [0.25, 0.25, 0.25, 1.0, 1.0, 1.0]
+    for name, says in (("a b", "unknown LoRA 'a b'"), ("ink", "grid lora:ink: 2 LoRAs of this name are on the model")):
+        with pytest.raises(UserError, match=says):
+            set_strengths(sd, [(name, 0.5)])
+
+
+def test_a_tag_in_a_negative_prompt_is_said_before_the_model_is_loaded(generate):
+    code, out, err = generate("x", "--negative", "bad <lora:d:0.5>", "--model", "none")
+    assert (code, out) == (2, "") and err.startswith("plainsd: <lora:d> in the negative prompt: take the tag out")
 
 
 def test_what_a_workflow_says_without_effect_is_told(generate, tmp_path):
@@ -692,7 +781,7 @@ def test_an_adapter_flag_that_cannot_be_read_names_its_field():
         (partial(from_flag, "a.safetensors:high", "control"), "control"),
         (partial(from_flag, "a.safetensors:high", "image-prompt"), "image_prompt"),
         (partial(embedding_from_flag, "none.pt:<cat>"), "embeddings"),
-        (partial(chosen_loras, [], {"ink": LoraStrengths(1.0, 1.0)}, None), "loras"),
+        (partial(chosen_loras, [], [LoraTag("ink")], None), "loras"),
     ):
         with pytest.raises(UserError) as caught:
             call()
@@ -771,6 +860,6 @@ def test_embeddings_are_recorded_where_the_tokenizer_finds_them(tmp_path, texts,
     command = Generate(from_=tmp_path / "x.png")
     if used:
         with pytest.raises(UserError, match="made with the embedding 'EasyNegative'"):
-            check_recorded(command, sd, [settings.prompt], {}, dict(choices))
+            check_recorded(command, sd, [settings.prompt], [], {}, dict(choices))
     else:
-        check_recorded(command, sd, [settings.prompt], {}, dict(choices))
+        check_recorded(command, sd, [settings.prompt], [], {}, dict(choices))

@@ -1,7 +1,9 @@
 """A compiled UNet draws the same, with what joins it too: ControlNets, T2I-Adapters, image prompts. Most tests trace it
 and run the trace plainly, which takes seconds; those marked `full` and `gpu` compile."""
 
+import copy
 import os
+import pickle
 import shutil
 
 import pytest
@@ -11,6 +13,7 @@ from PIL import Image
 from test_control_pictures import picture_of, tiny_net
 from test_image_prompt import TOWER, tiny_adapter
 from test_speed import assert_as_exact, latents, relative
+from torch._inductor.utils import run_and_get_code
 
 import plainsd
 from plainsd import Control, ImagePrompt
@@ -18,6 +21,7 @@ from plainsd.adapters.lora import inject
 from plainsd.cli import main
 from plainsd.device import check_can_compile
 from plainsd.errors import UserError
+from plainsd.models.forms import OtherForm
 from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter
 from plainsd.models.vision import VisionConfig, VisionTower
 from plainsd.pictures.image_prompt import ImageReader
@@ -134,7 +138,8 @@ def no_compiler(monkeypatch):
 
 def test_without_a_compiler_one_line_says_so(no_compiler, tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match=r"^--compile needs a C\+\+ compiler \(\$CXX, or g\+\+\), and none works here"):
-        model.faster(small_sd(), compiled=True)
+        model.faster(sd := small_sd(), compiled=True)
+    assert not any(isinstance(one, OtherForm) for network in model.networks_of(sd) for one in network.modules())
     asked = FitOptions(steps=1, batch=1, adam8bit=True)
     with pytest.raises(UserError, match=r"^--adam8bit needs a C\+\+ compiler"):
         make_optimizer(torch.nn.Linear(4, 4), asked)
@@ -177,6 +182,31 @@ def test_settings_that_a_compiled_unet_cannot_follow(flags, capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_copy_and_a_plain_model_are_not_compiled(traces):
+    sd = model.faster(small_sd(), compiled=True)
+    expected = latents(sd)
+    count = len(traces)
+    twin = copy.deepcopy(sd)
+    assert "forward" not in vars(twin.unet) and "forward" not in vars(pickle.loads(pickle.dumps(sd.unet)))
+    with torch.no_grad():
+        twin.unet.conv_out.weight.zero_()
+    assert not torch.equal(latents(twin), expected)
+    model.plain_again(sd)
+    assert "forward" not in vars(sd.unet)
+    assert len(traces) == count and relative(latents(sd), expected) < 1e-4
+
+
+def test_what_is_traced_anew_is_said(traces):
+    said = []
+    sd = model.faster(small_sd(), compiled=True, tell=said.append)
+    for tiling in (False, True, False, True):
+        latents(sd, tiling=tiling)
+    assert len(traces) == 2 and compiled_for(said) == ["latents"] * 2
+    model.faster(sd, compiled=True, tell=said.append)
+    latents(sd)
+    assert compiled_for(said) == ["latents"] * 3  # not one inside the other
+
+
 # ---- compiled; with what joins the sums of its own networks and sharper attention err too, hence the factor
 
 
@@ -192,6 +222,18 @@ def test_a_compiled_model_draws_the_same():
     said = []
     assert_as_exact(model.faster(tiny_sd(), compiled=True, tell=said.append), tiny_sd)
     assert compiled_for(said) == ["latents"]  # one set of shapes, once
+
+
+@pytest.mark.full
+@WITH_COMPILER
+def test_weights_are_compiled_in():
+    """Laid out once, not at each call."""
+    sd = small_sd()
+    with torch.inference_mode():
+        model.compile_unet(sd, lambda line: None)
+        inputs = torch.randn(1, 4, 8, 8), 1.0, torch.zeros(1, 77, sd.unet.config.context)
+        _, (code, *_) = run_and_get_code(sd.unet, *inputs)
+    assert "_frozen_param" in code and "mkldnn" in code
 
 
 @pytest.mark.full

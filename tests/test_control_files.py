@@ -1,6 +1,7 @@
 """ControlNets in files: every form there and back, told by contents, and what is wrong in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,11 @@ from plainsd.commands.control import asked_controls, map_of
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.files.control import XL_MID, XL_SMALL, is_control, known_unets, open_control
+from plainsd.files.convert import convert
 from plainsd.files.names import places
 from plainsd.files.stored import empty
 from plainsd.models.control import ControlConfig, ControlNet, way_down
+from plainsd.models.unet import UNet
 from plainsd.models.variants import SD1_UNET, SD2_UNET, XL_UNET
 from plainsd.pictures.settings import ControlNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
@@ -127,6 +130,8 @@ def test_differences_are_added_to_the_base(sd, tmp_path, tiny_known, prefix):
     assert all((whole["control_model." + name] - tensor).abs().max() < 1e-6 for name, tensor in expected.items())
     with pytest.raises(UserError, match="is a ControlNet's difference to a base, and needs the model that it is for"):
         plainsd.load_control(tmp_path / "d.safetensors", **CPU)
+    with pytest.raises(UserError, match="give that to load_control with base=, and the result to save_control"):
+        convert(tmp_path / "d.safetensors", tmp_path / "folder")
 
 
 @pytest.mark.parametrize("which", ["sd1", "xl"])
@@ -198,6 +203,13 @@ def test_info_says_what_it_is(net, tmp_path, capsys):
         kinds = ", for 4 kinds of maps" if net.control.kinds else ""
         assert code == 0 and f"{tmp_path / name}: a ControlNet{kinds}" in out
         assert f"{sum(p.numel() for p in net.parameters()):,} numbers" in out
+
+
+def test_a_net_without_a_middle_is_not_for_diffusers(tmp_path, sd):
+    net = tiny_net(replace(sd, unet=UNet(replace(sd.unet.config, mid_depth=None))))
+    with pytest.warns(UserWarning, match="diffusers has no ControlNets of models without a middle"):
+        plainsd.save_control(net, tmp_path / "net")
+    assert same(plainsd.load_control(tmp_path / "net", **CPU), net)
 
 
 def test_convert_goes_both_ways(net, tmp_path, capsys):
@@ -368,7 +380,7 @@ def test_a_broken_unit_is_named():
         parse_settings('a\nSteps: 20, Seed: 1, Size: 8x8, ControlNet 0: "Module: none, Weight: heavy"')
 
 
-@pytest.mark.parametrize("damage", ["missing", "more", "shape", "config", "note", "size"])
+@pytest.mark.parametrize("damage", ["missing", "more", "shape", "config", "note", "size", "kinds"])
 def test_broken_nets_are_named(sd, tmp_path, damage):
     net = tiny_net(sd)
     plainsd.save_control(net, tmp_path / "net")
@@ -387,11 +399,12 @@ def test_broken_nets_are_named(sd, tmp_path, damage):
     if damage == "note":
         where = tmp_path / "x.safetensors"
         save_file(tensors, where, {"plainsd.control": "{"})
-    elif damage == "size":
+    elif damage in ("size", "kinds"):
         where = tmp_path / "x.safetensors"
-        save_file(tensors, where)
+        save_file(tensors | ({"task_embedding": torch.tensor(1.0)} if damage == "kinds" else {}), where)
     says = {"missing": "1 names missing", "more": "1 unexpected", "shape": "conv_in.bias", "config": "class_embed_type",
-            "note": "is not JSON", "size": "of an unknown size"}[damage]  # fmt: skip
+            "note": "is not JSON", "size": "of an unknown size",
+            "kinds": "of an unknown size"}[damage]  # fmt: skip
     with pytest.raises(UserError, match=says):
         plainsd.load_control(where, **CPU)
 

@@ -17,7 +17,7 @@ from plainsd.generate import batch, final, image_to_image, inpaint, outpaint, te
 from plainsd.models.control import ControlConfig, ControlNet, control_of
 from plainsd.models.unet import UNet
 from plainsd.pictures import preprocess
-from plainsd.pictures.control import fitted
+from plainsd.pictures.control import as_map, fitted
 from plainsd.pictures.drawing import Pictures
 from plainsd.pictures.masks import MaskOptions, canvas_of
 from plainsd.pictures.model import moved
@@ -392,6 +392,19 @@ def test_wrong_values_are_named(sd, nets, options, says):
     with pytest.raises(UserError, match=says) as caught:
         text_to_image(sd, "a", size=64, control=[Control(**{"net": nets[0], "image": picture_of(0)} | options)])
     assert caught.value.field == "control"
+
+
+def test_a_net_of_grey_maps_reads_them_grey(sd):
+    """diffusers' conditioning_channels 1; pictures have no other count than that and 3."""
+    grey, image = tiny_net(sd, hint_channels=1), picture_of(0)
+    assert as_map(image, image.size, grey).shape[1] == 1
+    drawn = [
+        final(text_to_image(sd, "p", size=64, steps=2, control=[Control(grey, one)]))[0]
+        for one in (image, image.convert("L"))
+    ]
+    assert difference(*drawn) == 0
+    with pytest.raises(UserError, match="it reads maps of 5 channels, and pictures have 1 or 3"):
+        text_to_image(sd, "p", size=64, control=[Control(tiny_net(sd, hint_channels=5), image)])
 
 
 def test_a_net_of_another_family_is_named(sd, xl, nets):

@@ -1,5 +1,6 @@
 """Turbo, Lightning, Hyper, LCM: known by a title or a name, drawn with their own settings, and said."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, same_tensors, without_notes
 
 from plainsd.checkpoint import load, save
+from plainsd.files.configs import read_variant
+from plainsd.files.configs_out import write_variant
 from plainsd.files.convert import convert
 from plainsd.files.distilled import distillation_named, with_distilled_settings
 from plainsd.files.folder import public_name
@@ -101,6 +104,33 @@ def test_a_folder_by_its_name(tmp_path):
     with pytest.warns(UserWarning, match="'RealVis_Lightning' says that the model is distilled"):
         assert load(tmp_path / "RealVis_Lightning", **CPU).variant.steps == 4
     assert public_name(tmp_path / "models--owner--sdxl-turbo" / "snapshots" / "0a1b") == "sdxl-turbo"
+
+
+PLAIN = {"epsilon": {}, "v_prediction": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}}
+
+
+@pytest.mark.parametrize(
+    "base, size, scheduler, prediction, name",
+    [
+        ("sdxl-base", 128, "EulerDiscreteScheduler", "v_prediction", "sdxl-base"),  # the usual recipe with zero SNR
+        ("sdxl-base", 128, "EulerDiscreteScheduler", "epsilon", "sdxl-base"),
+        ("sdxl-base", 64, "EulerAncestralDiscreteScheduler", "epsilon", "sdxl-turbo"),
+        ("sd2-base", 64, "EulerDiscreteScheduler", "epsilon", "sd2-turbo"),
+        ("sd2-base", 64, "DDIMScheduler", "epsilon", "sd2-base"),
+        ("sd2-base", 96, "DDIMScheduler", "v_prediction", "sd2-768"),
+        ("sdxl-lcm", 128, "LCMScheduler", "epsilon", "sdxl-lcm"),
+    ],
+)
+def test_trailing_spacing_alone_is_not_turbo(base, size, scheduler, prediction, name):
+    files = {path: json.loads(text) for path, text in write_variant(VARIANTS[base]).items()}
+    del files["model_index.json"]["_plainsd"]  # another program's folder
+    files["model_index.json"]["scheduler"] = ["diffusers", scheduler]
+    files["unet/config.json"]["sample_size"] = size
+    asked = {"_class_name": scheduler, "timestep_spacing": "trailing"} | PLAIN[prediction]
+    files["scheduler/scheduler_config.json"] |= asked
+    variant = read_variant(files.__getitem__, "m")
+    assert (variant.name, variant.size, variant.spacing) == (name, 8 * size, "trailing")
+    assert (variant.steps == 1) == name.endswith("turbo")
 
 
 def test_sd_turbos_own_single_file(tmp_path, small_families, monkeypatch):

@@ -117,7 +117,7 @@ def test_other_forms(tmp_path):
     sd, rows = tiny_sd(), vectors(2)
     for name, content, wanted in (
         ("dict", a1111(rows) | {"string_to_param": nn.ParameterDict({"*": nn.Parameter(rows)})}, rows),
-        ("bare", rows, rows), ("flat", {"*": rows[0]}, rows[:1]),
+        ("bare", rows, rows), ("flat", {"*": rows[0]}, rows[:1]), ("one", {"emp_params": rows}, rows),  # OneTrainer's
     ):  # fmt: skip
         torch.save(content, tmp_path / f"{name}word.pt")
         assert add_embedding(sd, tmp_path / f"{name}word.pt") == f"{name}word"
@@ -128,7 +128,7 @@ def test_other_forms(tmp_path):
         assert torch.equal(vectors_of(sd, f"doggy{number}")[0], rows)
     write(tmp_path / "learned_embeds.safetensors", {"<a>": rows})
     assert add_embedding(sd, tmp_path) == "<a>" and add_embedding(sd, tmp_path, "<b>") == "<b>"
-    assert sd.text_encoders[0].config.vocab == len(sd.text_encoders[0].token.weight) == TINY.text[0].vocab + 13
+    assert sd.text_encoders[0].config.vocab == len(sd.text_encoders[0].token.weight) == TINY.text[0].vocab + 15
 
 
 @pytest.mark.parametrize("variant", [TINY, TINY_XL, TINY_REFINER], ids=lambda variant: variant.name)
@@ -189,6 +189,12 @@ def test_a_file_of_one_number_is_no_embedding_to_info(tmp_path):
     assert embedding_in(write(tmp_path / "a.safetensors", {"emb_params": torch.zeros(())})) is None
 
 
+def test_an_embedding_of_no_known_form_is_not_told_as_one(tmp_path):
+    content = {"clip_l": vectors(2), "clip_l_out": vectors(2)}
+    path = write(tmp_path / "a.safetensors", content)
+    assert embedding_in(path) is None and info(path).splitlines()[1].split()[:3] == ["tensors", "128", "numbers,"]
+
+
 def test_words_keep_the_others_vectors_and_precision():
     sd = tiny_sd().to(dtype=torch.bfloat16)
     encoder = sd.text_encoders[0]
@@ -241,7 +247,21 @@ BAD = {
         {f"lora_unet_x.lora_{end}.weight": torch.zeros(2) for end in ("up", "down")},
         "no textual-inversion embedding: it seems to be a LoRA",
     ),
-    "two words": (".pt", a1111(None) | {"string_to_param": dict.fromkeys("*+", torch.zeros(1, 32))}, "no textual-inv"),
+    "two words": (
+        ".pt",
+        a1111(None) | {"string_to_param": dict.fromkeys("*+", torch.zeros(1, 32))},
+        "holds a textual-inversion embedding in a form that is not supported, .*; known are string_to_param with one",
+    ),
+    "OneTrainer's outputs beside": (
+        ".safetensors",
+        {"clip_l": torch.zeros(1, 32), "clip_l_out": torch.zeros(1, 32), "clip_g_out": torch.zeros(1, 32)},
+        "outputs of text encoders, which are not supported, 'clip_g_out', 'clip_l_out'; take another",
+    ),
+    "OneTrainer's outputs alone": (
+        ".safetensors",
+        {"emp_params_out": torch.zeros(1, 32)},
+        "outputs of text encoders, which are not supported, 'emp_params_out'; take another",
+    ),
     "a list": (".pt", [1, 2], "no textual-inversion"),
     "a trap": (".pt", {"string_to_param": Trap()}, "could run code"),
     "a module": (".pt", {"string_to_param": nn.Linear(2, 2)}, "could run code"),

@@ -579,6 +579,18 @@ def test_wrong_calls_fail_at_once(sd, photo, mask):
         text_to_image(sd, "a", speed=3)
 
 
+@pytest.mark.parametrize("field, says", [
+    ("prompt", "<lora:d> in the prompt: take"), ("negative", "<lora:d> in the negative prompt: take"),
+    ("hires_prompt", "<lora:d> in the hires prompt: take"),
+    ("hires_negative", "<lora:d> in the hires negative prompt: take"),
+])  # fmt: skip
+def test_a_tag_in_a_text_names_its_field(sd, field, says):
+    for tag, message in (("<lora:d:0.5>", says), ("<hypernet:d:1>", "hypernetworks are not supported")):
+        with pytest.raises(UserError, match=message) as caught:
+            text_to_image(sd, **{"prompt": "a", "hires": 1.5, field: f"a {tag}"})
+        assert caught.value.field == field
+
+
 def test_the_public_face():
     assert sorted(plainsd.__all__) == [
         "Control", "ImagePrompt", "Pictures", "Settings", "StableDiffusion", "Step", "UserError", "add_embedding",

@@ -399,7 +399,8 @@ def test_pictures_are_read_once(sd, folder, monkeypatch):
 
 
 def test_the_deep_cache_and_packed_layers_take_after_it(sd, prompt):
-    from plainsd.speed.model import can_pack, pack
+    from plainsd.device import can_pack
+    from plainsd.speed.model import pack
 
     options = OPTIONS | {"size": 64, "image_prompt": prompt}
     exact = final(text_to_image(sd, "a", **options))[0]

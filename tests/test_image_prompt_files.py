@@ -1,6 +1,7 @@
 """Image prompts in files and on the command line: told by contents, and what is wrong in one line."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -90,6 +91,9 @@ def test_the_tower_of_a_whole_clip(tmp_path):
         assert torch.allclose(load_tower(tmp_path, **CPU)(pixels).embeds, theirs, atol=1e-5)
 
 
+LAION_HAS_TOO = ("ViT-B/32", "ViT-B/16", "ViT-L/14")
+
+
 @pytest.mark.parametrize("name", VISION_TOWERS)
 def test_known_towers_are_told_by_their_shapes(name, tmp_path):
     """From names and shapes alone, as of the public files."""
@@ -102,7 +106,15 @@ def test_known_towers_are_told_by_their_shapes(name, tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     for naming in ("diffusers", "openclip"):
         stored = {p.name: Stored(torch.float32, shapes[p.ours[0]], lambda: None) for p in places(tower, naming)}
-        assert known_tower(TensorFile(tmp_path, stored, {}), naming) == VISION_TOWERS[name]
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert known_tower(TensorFile(tmp_path, stored, {}), naming) == VISION_TOWERS[name]
+        assert [f"taken for OpenAI's {name}" in str(one.message) for one in said] == [True] * (name in LAION_HAS_TOO)
+        for weight in [one for one in stored if "position" in one]:
+            for damaged in ({}, {weight: Stored(torch.float32, (), lambda: None)}):
+                rest = {one: stored[one] for one in stored if one != weight} | damaged
+                with pytest.raises(UserError, match="its image encoder lacks its embeddings"):
+                    known_tower(TensorFile(tmp_path, rest, {}), naming)
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------
@@ -120,7 +132,7 @@ def test_adapters_as_published(sd, tmp_path, kind):
         assert replace(found.config, inner=64, layers=4, heads=1, tokens=4) == adapter.config and same(found, adapter)
 
 
-PUBLIC = {  # names and shapes of ip-adapter_sd15, ip-adapter-plus_sd15, ip-adapter_sdxl and ip-adapter-plus_sdxl_vit-h
+PUBLIC = {  # names and shapes of ip-adapter_sd15 and ip-adapter-plus_sd15
     "sd15": (ImageAdapterConfig(), 22_319_616, {"image_proj.proj.weight": (3072, 1024)}),
     "plus_sd15": (
         ImageAdapterConfig(kind="plus", states=1280, tokens=16),
@@ -155,17 +167,20 @@ def test_faceid_is_refused_by_name(sd, tmp_path):
         assert caught.value.field == "image_prompt"
 
 
-@pytest.mark.parametrize("damage", ["missing", "more", "keys"])
+@pytest.mark.parametrize("damage", ["missing", "more", "keys", "empty"])
 def test_broken_adapters_are_named(sd, tmp_path, damage):
     tensors = in_a_file(tiny_adapter(sd.unet, "plus"))
     if damage == "missing":
         del tensors["image_proj.proj_in.bias"]
     elif damage == "more":
         tensors["image_proj.other"] = torch.zeros(3)
+    elif damage == "empty":
+        tensors = {name: tensor[:, :0] if "to_k_ip" in name else tensor for name, tensor in tensors.items()}
     else:
         tensors = {name: tensor for name, tensor in tensors.items() if "to_k_ip" not in name}
     save_file(tensors, tmp_path / "x.safetensors")
-    says = {"missing": "1 names missing", "more": "1 unexpected", "keys": "lacks its projections"}[damage]
+    says = {"missing": "1 names missing", "more": "1 unexpected", "keys": "lacks its projections",
+            "empty": "lacks its projections"}[damage]  # fmt: skip
     with pytest.raises(UserError, match=says):
         open_image_adapter(tmp_path / "x.safetensors")
 

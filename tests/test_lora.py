@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plainsd
+from plainsd.adapters.baking import baked
 from plainsd.adapters.embeddings import vectors_of
 from plainsd.adapters.layers import LoraConv, LoraLinear, LowRank, attach
 from plainsd.adapters.lora import (
@@ -30,6 +31,7 @@ from plainsd.adapters.lora import (
 )
 from plainsd.adapters.names import adaptable_networks, dotted_name, known_names, kohya_name, modules_of
 from plainsd.errors import UserError
+from plainsd.files.convert import read
 from plainsd.files.stored import empty
 from plainsd.models.clip import TextEncoder
 from plainsd.models.unet import UNet
@@ -902,6 +904,54 @@ def test_find_lora(tmp_path):
         find_lora(tmp_path / "empty", "ink")
 
 
+def test_find_lora_takes_folders_too_and_of_one_name_the_safetensors(tmp_path):
+    weights = ("v1.5/pytorch_lora_weights.safetensors", "a/v2.0/adapter_model.bin", "v2/pytorch_lora_weights.bin")
+    for name in (*weights, "d2.pt", "d2.safetensors", "d3.pt", "d3.ckpt", "v2.safetensors"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    for name, place in (("v1.5", "v1.5"), ("v2.0", "a/v2.0"), ("a/v2.0", "a/v2.0"), ("d2", "d2.safetensors"),
+                        ("v2", "v2.safetensors"), ("v1.5/pytorch_lora_weights", weights[0])):  # fmt: skip
+        assert find_lora(tmp_path, name) == tmp_path / place
+    with pytest.raises(UserError, match=r"'d3' is there 2 times: .*d3\.ckpt.*; remove or rename one of them"):
+        find_lora(tmp_path, "d3")
+
+
+def called(path, alias):
+    """A LoRA that its trainer called so."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    save_file(factors_of(KEY), path, {"ss_output_name": alias})
+    return path
+
+
+def test_find_lora_by_its_trainers_name(tmp_path, monkeypatch):
+    """As A1111 does by default; the names of files and folders come first."""
+    file, saved = called(tmp_path / "a.safetensors", "ink"), tmp_path / "saved"
+    called(saved / "pytorch_lora_weights.safetensors", "oil")
+    monkeypatch.setattr("plainsd.files.tensorfile._Pages.read", None)  # headers alone are read
+    (tmp_path / "b.pt").write_bytes(b"no header"), (tmp_path / "c.safetensors").write_bytes(b"nor here")
+    assert find_lora(tmp_path, "ink") == file
+    assert find_lora(tmp_path, "oil") == saved  # rather than the file in it
+    given = called(tmp_path / "elsewhere/d.safetensors", "chalk")
+    assert find_lora(saved, "chalk", [given, given]) == given
+    called(tmp_path / "e.safetensors", "ink")
+    with pytest.raises(
+        UserError, match="2 LoRAs were called 'ink' by their trainers: .*a.safetensors, .*e.safetensors"
+    ):
+        find_lora(tmp_path, "ink")
+    (tmp_path / "ink.safetensors").touch()
+    assert find_lora(tmp_path, "ink") == tmp_path / "ink.safetensors"
+
+
+@pytest.mark.parametrize("name", ["my style-v1.5", "my_style-v1.5", "ink_2"])
+def test_a_lora_keeps_its_name(sd, tmp_path, name):
+    (tmp_path / name).mkdir()
+    save_file(factors_of(KEY), tmp_path / f"{name}.safetensors")
+    save_file(factors_of(KEY), tmp_path / name / "pytorch_lora_weights.safetensors")
+    for path in (tmp_path / f"{name}.safetensors", tmp_path / name):
+        assert add_lora(sd, path).called == attached(sd)[-1].called == name
+    assert inject(sd.unet, 2, name=name).called == name
+
+
 # --- bad files -------------------------------------------------------------------------------------------------------
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -982,17 +1032,45 @@ def test_five_names_are_listed(sd, tmp_path):
 
 def test_partial(sd, tmp_path):
     save_file(factors_of(KEY) | renamed("lora_unet_other_"), tmp_path / "some.safetensors")
-    lora = add_lora(sd, tmp_path / "some.safetensors", partial=True)
+    with pytest.warns(
+        UserWarning, match=r"14 of its 16 names are ignored: lora_unet_other_0\.lora_\w+\.weight, .*\.\.\.$"
+    ):
+        lora = add_lora(sd, tmp_path / "some.safetensors", partial=True)
     assert list(lora.adapters) == [("unet", "down.0.attn.blocks.0.cross_attn.k")]
     other = KEY.replace("to_k", "to_v")
     save_file(factors_of(KEY) | factors_of(other, i=768), tmp_path / "shapes.safetensors")
     with pytest.raises(UserError, match=r"to_v.* has shape \[4, 768\]"):
         add_lora(sd, tmp_path / "shapes.safetensors")
-    lora = add_lora(sd, tmp_path / "shapes.safetensors", partial=True)
+    with pytest.warns(UserWarning, match="2 of its 4 names are ignored: .*to_v"):
+        lora = add_lora(sd, tmp_path / "shapes.safetensors", partial=True)
     assert list(lora.adapters) == [("unet", "down.0.attn.blocks.0.cross_attn.k")]
     save_file(renamed("lora_unet_other_"), tmp_path / "none.safetensors")
     with pytest.raises(UserError, match="take a LoRA for this model"):
         add_lora(sd, tmp_path / "none.safetensors", partial=True)
+
+
+def test_vectors_that_are_not_supported_are_left_out_in_part(tmp_path):
+    """OneTrainer's of a text encoder's outputs: the LoRA and its other words remain."""
+    sd, rows = tiny_sd(), randn(2, 32).float()
+    words = {f"bundle_emb.{name}": rows.clone() for name in ("<a>.clip_l", "<a>.clip_l_out", "<b>.clip_l_out")}
+    save_file(factors_of(KEY) | words, tmp_path / "a.safetensors")
+    outputs = "in a way that is not supported, 'bundle_emb.<a>.clip_l_out', 'bundle_emb.<b>.clip_l_out'"
+    with pytest.raises(UserError, match=f"{outputs}; known are .*--lora-partial"):
+        add_lora(sd, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=f"{outputs}: they are ignored"):
+        lora = add_lora(sd, tmp_path / "a.safetensors", partial=True)
+    assert len(lora.adapters) == 1 and torch.equal(vectors_of(sd, "<a>")[0], rows)
+    with pytest.raises(UserError, match="'<b>' is not a learned word"):
+        vectors_of(sd, "<b>")
+
+
+def test_words_left_out_of_a_checkpoint_are_told_and_its_recipe_names_the_folder(folders, tmp_path):
+    (tmp_path / "v1.5").mkdir()
+    words = {"bundle_emb.<a>.clip_l": randn(2, 32).float()}
+    save_file(factors_of(KEY) | words, tmp_path / "v1.5" / "pytorch_lora_weights.safetensors")
+    with pytest.warns(UserWarning, match="v1.5 brings words along, which a checkpoint cannot hold: they are ignored"):
+        contents = baked(read(folders / "sd"), [(tmp_path / "v1.5", 0.5)], partial_fit=True)
+    assert json.loads(contents.notes["sd_merge_recipe"])["loras"] == ["v1.5:0.5"]
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -76,6 +76,24 @@ def test_bands_agree_to_1_in_255_in_bfloat16(narrow):
     ).abs().max() <= 2 / 255  # pixels are 2 apart in [-1, 1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_bands_of_large_maps_are_the_same_numbers(dtype, monkeypatch):
+    """Where a map is larger than its statistics take at once, a few groups at a time; maps lie channels last, as those
+    that are drawn do."""
+    monkeypatch.setattr(vae_bands, "BAND", 2**6)
+    vae = random_vae(dtype)
+    pixels = (torch.rand(1, 3, 64, 64) * 2 - 1).to(dtype).contiguous(memory_format=torch.channels_last)
+    sizes, whole_norm = [], torch.native_group_norm
+    monkeypatch.setattr(torch, "native_group_norm", lambda *given: (sizes.append(given[6]), whole_norm(*given))[1])
+    banded = vae_bands.encode_in_bands(vae, pixels)
+    assert {1, 2} <= {*sizes}  # of four groups
+    tight = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 1 / 64}
+    torch.testing.assert_close(banded.mean, vae.encode(pixels).mean, **tight)
+    latents = banded.mean.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(vae_bands.decode_in_bands(vae, latents), vae.decode(latents), **tight)
+
+
 @torch.no_grad()
 def test_pieces_decoded_alone_would_show(narrow):
     """What the bands must not do: the test above would see it."""

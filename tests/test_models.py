@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -200,6 +201,13 @@ def test_unet_settings_there_and_back(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("dim", [27, 28])
+def test_the_sinusoids_of_any_width(dim):
+    timesteps = torch.tensor([0.0, 1.0, 500.5])
+    theirs = get_timestep_embedding(timesteps, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+    assert torch.allclose(timestep_embedding(timesteps, dim), theirs, atol=1e-6)
+
+
 def test_unet_one_timestep_for_all():
     """A number for the timestep is the same as that number for each picture."""
     reference = unet_reference("sd2", torch.float64)

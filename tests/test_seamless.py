@@ -7,6 +7,7 @@ import torch
 from conftest import difference, tiny_sd
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from PIL import Image
+from test_control_pictures import picture_of, tiny_net
 from torch import nn
 
 import plainsd
@@ -125,7 +126,8 @@ def test_it_is_written_and_read(generate, tmp_path):
 @pytest.mark.parametrize("cache", [None, 2])
 def test_packed_layers_see_past_an_edge_too(cache):
     """Maps are doubled by smaller convolutions there; and the same model draws with edges and without, in any order."""
-    from plainsd.speed.model import can_pack, faster
+    from plainsd.device import can_pack
+    from plainsd.speed.model import faster
 
     if not can_pack(torch.float32):
         pytest.skip("this PyTorch has no oneDNN")
@@ -141,6 +143,37 @@ def test_packed_layers_see_past_an_edge_too(cache):
     with torch.no_grad():
         whole, shifted = decode(fast, latents, tiling=True), decode(fast, latents.roll((4, 6), (2, 3)), tiling=True)
     assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-4
+
+
+def test_another_threads_model_waits_for_a_control_net_that_both_have():
+    net, models = tiny_net(tiny_sd()), {tiling: tiny_sd() for tiling in (False, True)}
+    inside, done = threading.Event(), threading.Event()
+    drawn: dict[bool, Image.Image] = {}
+
+    def draw(tiling: bool) -> None:
+        control = [plainsd.Control(net, picture_of(0))]
+        events = plainsd.text_to_image(models[tiling], "a cat", steps=2, size=64, tiling=tiling, control=control)
+        (drawn[tiling],) = plainsd.final(events)
+
+    def hold(module, args):
+        if module.padding_mode == "circular" and not inside.is_set():
+            inside.set()
+            done.wait(1)
+
+    alone = []
+    for tiling in (False, True):
+        draw(tiling)
+        alone.append(drawn[tiling])
+    with_hook = net.conv_in.register_forward_pre_hook(hold)
+    tiled = threading.Thread(target=draw, args=(True,))
+    tiled.start()
+    assert inside.wait(30)
+    draw(False)
+    done.set()
+    tiled.join()
+    with_hook.remove()
+    assert [difference(drawn[tiling], one) for tiling, one in zip((False, True), alone, strict=True)] == [0, 0]
+    assert modes(net) == {"zeros"}
 
 
 def test_another_thread_of_the_same_model_waits_for_the_step():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import TINY, TINY_REFINER, TINY_XL, noise_picture, tiny_sd
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from serving import Brake, alike, base64_of, embedding_file, lora_file, model_folder, open_service, served, until
 from test_control_pictures import tiny_net
 from webuiapi import WebUIApi
@@ -194,6 +194,28 @@ def test_what_the_history_tells_of_words_makes_the_picture_again(server):
     picture, told = picture_of(server, prompt="two <cat>")
     wanted = {name: value for name, value in told["settings"].items() if value is not None}
     assert wanted["embeddings"] == ["<cat>"] and alike(picture_of(server, **wanted)[0], picture, 0)
+
+
+def test_loras_by_their_trainers_names(folder, tmp_path):
+    """As A1111 does by default; an unclear name is none."""
+    names = {"paper": "", "epoch1": "ink", "epoch2": "ink", "v3": "chalk", "v4": "paper", "v5": "a:b", "a:b": "wool"}
+    for name, alias in names.items():
+        lora_file(model_folder(folder), tmp_path / "it.safetensors", len(name))
+        save_file(load_file(tmp_path / "it.safetensors"), tmp_path / f"{name}.safetensors",
+                  {"ss_output_name": alias} if alias else None)  # fmt: skip
+    (tmp_path / "it.safetensors").unlink()
+    with served(open_service([model_folder(folder)], tmp_path / "data", loras=tmp_path)) as server:
+        told = {row["name"]: row["alias"] for row in server.get("/sdapi/v1/loras").json()}
+        assert told == {name: "chalk" if name == "v3" else name for name in names if name != "a:b"}
+        loras = server.service.models.loras
+        assert loras.path("chalk") == tmp_path / "v3.safetensors" and "a:b" in loras.unusable
+        assert loras.path("paper") == tmp_path / "paper.safetensors"  # a file's own name comes first
+        by_alias, told = picture_of(server, prompt="a boat <lora:chalk:0.8>")
+        assert alike(by_alias, picture_of(server, prompt="a boat <lora:v3:0.8>")[0], 0)
+        assert read_settings(picture_file(server, told)).prompt == "a boat <lora:chalk:0.8>"
+        assert refused(server, prompt="a boat <lora:ink:1>") == (
+            422, "loras", "loras: 2 LoRAs are called 'ink'; name one by its file: epoch1, epoch2"
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize(("names", "says"), [

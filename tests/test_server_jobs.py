@@ -16,6 +16,7 @@ from serving import Brake, alike, base64_of, lora_file, model_folder, open_servi
 
 import plainsd
 from plainsd.adapters.lora import inject, save_lora
+from plainsd.device import can_pack
 from plainsd.errors import UserError
 from plainsd.models.forms import OtherForm
 from plainsd.pictures.images import read_settings
@@ -31,7 +32,7 @@ from plainsd.server.limits import Limits
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import JobRequest
-from plainsd.speed.model import can_pack, faster
+from plainsd.speed.model import faster
 from plainsd.text.wildcards import settled
 
 

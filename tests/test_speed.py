@@ -162,6 +162,62 @@ def test_a_packed_model_changes_its_precision():
     assert relative(latents(packed), latents(plain)) < 1e-4
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_packed_model_is_plain_where_it_cannot_be_packed(dtype):
+    packed, plain = model.faster(tiny_sd()), tiny_sd()
+    for sd in (packed, plain):
+        sd.to(dtype=dtype)
+    assert_equal_weights(packed, plain)
+    assert not any(isinstance(one, OtherForm) for network in model.networks_of(packed) for one in network.modules())
+    if dtype == torch.float64:
+        assert relative(latents(packed), latents(plain)) < 1e-12
+
+
+def test_a_packed_model_goes_to_another_device():
+    packed = model.faster(tiny_sd()).to("meta")
+    assert {one.device.type for network in model.networks_of(packed) for one in network.parameters()} == {"meta"}
+    net = model.faster(tiny_sd()).unet
+    with pytest.raises(RuntimeError, match=r"weights in torch.float32 on meta cannot be packed; call .*plain_again"):
+        net.to("meta")
+
+
+@pytest.mark.parametrize("change", [lambda sd: sd, copy.deepcopy, lambda sd: sd.to(dtype=torch.float32)])
+def test_plain_again_trains_what_was_trained(change):
+    """A packed model is for drawing; what was frozen before must not learn afterwards."""
+    sd = tiny_sd()
+    for number, weight in enumerate(sd.unet.parameters()):
+        weight.requires_grad_(number % 3 == 0)
+    expected = [weight.requires_grad for weight in sd.unet.parameters()]
+    with torch.inference_mode():
+        model.faster(sd)
+    again = change(sd)
+    model.plain_again(again)
+    assert [weight.requires_grad for weight in again.unet.parameters()] == expected
+
+
+def test_a_packed_model_has_no_gradients():
+    sd = model.faster(tiny_sd())
+    x = torch.randn(1, 4, 8, 8, requires_grad=True)
+    with pytest.raises(RuntimeError, match="no gradients; call plainsd.speed.plain_again first"):
+        sd.unet(x, torch.tensor(1.0), torch.zeros(1, 77, sd.unet.config.context))
+    for layer in (PackedConv(torch.nn.Conv2d(4, 4, 3)), PackedLinear(torch.nn.Linear(8, 5))):
+        with pytest.raises(RuntimeError, match="no gradients"):
+            layer(x)
+        with torch.no_grad():
+            assert layer(x).isfinite().all()
+
+
+def test_layers_with_hooks_stay_plain():
+    sd, seen = tiny_sd(), []
+    wanted = sd.unet.mid.attn.blocks[0].self_attn.q
+    wanted.register_forward_hook(lambda *_: seen.append(True))
+    model.faster(sd)
+    assert sd.unet.mid.attn.blocks[0].self_attn.q is wanted
+    assert isinstance(sd.unet.mid.attn.blocks[0].self_attn.k, OtherForm)
+    fast = latents(sd)
+    assert len(seen) == 3 and relative(fast, latents(tiny_sd())) < 1e-4
+
+
 def test_a_lora_that_cannot_be_read_leaves_a_model_packed(tmp_path):
     import plainsd
 

@@ -1,12 +1,14 @@
 """T2I-Adapters: the network, its files and whole pipelines beside diffusers'."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY_XL, difference, seeded, smooth_picture, tiny_sd
 from diffusers import T2IAdapter as Theirs
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_control_pictures import OPTIONS, close, picture_of, tiny_net
@@ -19,8 +21,8 @@ from plainsd.files.names import places
 from plainsd.files.t2i_adapter import is_t2i_adapter
 from plainsd.generate import final, image_to_image, inpaint, text_to_image
 from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter, as_features, feature_places
-from plainsd.models.unet import UNet
-from plainsd.models.variants import SD1_UNET, XL_UNET
+from plainsd.models.unet import UNet, UNetConfig
+from plainsd.models.variants import KOALA_700M_UNET, SD1_UNET, XL_UNET
 from plainsd.pictures.control import fitted
 
 CPU = {"device": "cpu", "dtype": "float32"}
@@ -134,6 +136,10 @@ def test_broken_files_are_named(folder, tmp_path):
     save_file(tensors | {"adapter.body.1.resnets.1.block2.bias": torch.zeros(3)}, tmp_path / "b.safetensors")
     with pytest.raises(UserError, match="has shape"):
         plainsd.load_control(tmp_path / "b.safetensors")
+    for odd in ({"adapter.body.x.block1": torch.zeros(3)}, {"adapter.body.0.resnets.0.block1.weight": torch.zeros(())}):
+        save_file(tensors | odd, tmp_path / "odd.safetensors")
+        with pytest.raises(UserError):
+            plainsd.load_control(tmp_path / "odd.safetensors")
     config = json.loads((folder / "full" / "config.json").read_text())
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"adapter_type": "heavy"}))
@@ -141,10 +147,35 @@ def test_broken_files_are_named(folder, tmp_path):
         plainsd.load_control(tmp_path / "c")
 
 
+@torch.no_grad()
+def test_the_last_feature_belongs_to_the_middle():
+    """Which some models do not have; diffusers adds it there alone."""
+    for middle, mid_depth in (("UNetMidBlock2DCrossAttn", 1), (None, None)):
+        theirs = strong(
+            UNet2DConditionModel(
+                block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
+                down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), mid_block_type=middle,
+                up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), attention_head_dim=2,
+            )
+        ).double().eval()  # fmt: skip
+        config = UNetConfig(
+            channels=(32, 64), depth=(1, 1), heads=(2, 2), layers=1, context=32, groups=8, mid_depth=mid_depth
+        )
+        unet = UNet(config).double().eval()
+        state, own = theirs.state_dict(), unet.state_dict()
+        for place in places(unet, "diffusers"):
+            own[place.ours[0]].copy_(state[place.name].view_as(own[place.ours[0]]))
+        x, text = torch.randn(1, 4, 8, 8).double(), torch.randn(1, 3, 32).double()
+        each = [torch.randn(1, 32, 8, 8).double(), torch.randn(1, 64, 4, 4).double(), torch.randn(1, 64, 4, 4).double()]
+        its = theirs(x, 5, text, down_intrablock_additional_residuals=[one.clone() for one in each]).sample
+        assert error(unet(x, 5.0, text, features=as_features(unet, each)), its) < TOLERANCE[torch.float64]
+
+
 def test_where_the_public_models_take_features():
     with torch.device("meta"):
         assert feature_places(UNet(SD1_UNET)) == [2, 5, 8, 11, 12]
         assert feature_places(UNet(XL_UNET)) == [3, 5, 8, 9]
+        assert feature_places(UNet(KOALA_700M_UNET)) == [2, 3, 5]
         assert [f is not None for f in as_features(UNet(XL_UNET), [torch.zeros(1)] * 4)] == [
             i in (3, 5, 8, 9) for i in range(10)
         ]
@@ -250,6 +281,25 @@ def test_maps_are_grey_and_padded_as_the_adapter_asks(sd, xl, folder):
     for name, model, shape in (("grey", sd, (1, 1, 64, 72)), ("xl", xl, (1, 3, 64, 80))):
         control = Control(plainsd.load_control(folder / name, model), picture_of(0, (70, 58)))
         assert fitted([control], (70, 58))[0].maps[0].shape == shape
+
+
+def test_maps_of_other_channels_are_refused(sd, folder):
+    net = T2IAdapter(AdapterConfig(channels=(32, 64, 64), hint_channels=2))
+    with pytest.raises(UserError, match="it reads maps of 2 channels, and pictures have 1 or 3"):
+        text_to_image(sd, "p", size=64, control=[Control(net, picture_of(0))])
+
+
+def test_the_variant_of_its_files(folder, tmp_path):
+    shutil.copytree(folder / "full", tmp_path / "full")
+    weights = tmp_path / "full" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    net = plainsd.load_control(tmp_path / "full", variant_file="fp16", **CPU)
+    whole = plainsd.load_control(folder / "full", **CPU)
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    with pytest.raises(UserError, match="nothere"):
+        plainsd.load_control(folder / "full", variant_file="nothere")
+    with pytest.raises(UserError, match="T2IAdapters are not written; copy the file"):
+        plainsd.save_control(net, tmp_path / "x")
 
 
 @pytest.mark.parametrize(

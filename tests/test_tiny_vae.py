@@ -18,6 +18,7 @@ from plainsd.files.convert import convert
 from plainsd.models import vae_bands
 from plainsd.models.tiny_vae import TinyVAE, TinyVAEConfig
 from plainsd.models.vae import VAEConfig
+from plainsd.models.vae_bands import rows_seen
 from plainsd.pictures.memory import LEAST
 from plainsd.pictures.previews import previewer
 
@@ -86,9 +87,27 @@ def test_bands_see_far_enough(files):
         decoded, encoded = vae_bands.decode_in_bands(vae, latents), vae_bands.encode_in_bands(vae, pixels).mean
         assert (decoded - vae.decode(latents)).abs().max() < 1e-12
         assert (encoded - vae.encode(pixels).mean).abs().max() < 1e-12
-        patch.setattr(vae_bands, "SEEN", 4)  # too little shows
+        patch.setattr(vae_bands, "rows_seen", lambda blocks: 4)  # too little shows
         assert (vae_bands.decode_in_bands(vae, latents) - decoded).abs().max() > 1e-9
         assert (vae_bands.encode_in_bands(vae, pixels).mean - encoded).abs().max() > 1e-9
+
+
+def test_how_far_convolutions_see(files):
+    """What changes a band's rows lies within; the furthest row within, but one, does change them."""
+    for blocks in ((3, 3, 3, 1), (1, 2), (4, 1, 1)):
+        vae, seen = TinyVAE(TinyVAEConfig(width=8, decoder_blocks=blocks, encoder_blocks=blocks[::-1])).double(), []
+        for layer in vae.modules():
+            if isinstance(layer, torch.nn.Conv2d):  # nothing cancels
+                torch.nn.init.constant_(layer.weight, 0.05)
+        latents = torch.full((1, 4, 120, 1), 0.1, dtype=torch.float64)
+        with torch.no_grad():
+            plain = vae.decode(latents)
+            for far in range(120 - 60):
+                other = latents.clone()
+                other[:, :, 60 + far] += 1
+                row = 60 * vae.config.factor
+                seen.append(bool((vae.decode(other)[:, :, row] != plain[:, :, row]).any()))
+        assert rows_seen(blocks) - 2 <= sum(seen) - 1 <= rows_seen(blocks), blocks
 
 
 def test_it_draws_as_in_diffusers(files, tmp_path):

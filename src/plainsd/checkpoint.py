@@ -26,6 +26,7 @@ from plainsd.files.tensorfile import stored
 from plainsd.files.tokenizers import tokenizer_texts, tokenizers
 from plainsd.models.clip import TextEncoder
 from plainsd.models.control import ControlNet
+from plainsd.models.forms import quantized
 from plainsd.models.image_prompt import ImageAdapter
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.models.tiny_vae import AnyVAE, AnyVAEConfig
@@ -109,6 +110,8 @@ def save(
 
 def packed_network(network: nn.Module) -> StoredNetwork:
     """A network in memory, in the form that writers take."""
+    if quantized(network):
+        raise UserError("the model's weights are in 8 bits, which no layout has; save it without int8")
     state, bare = network.state_dict(), empty(type(network), network.config).state_dict()
     if extra := [name for name in state if name not in bare]:
         raise UserError(
@@ -157,7 +160,11 @@ def load_control(
     dtype = base.dtype if base is not None and dtype == "auto" else choose_dtype(dtype, device)
     weights = None if base is None else base.unet.state_dict
     path = find(path, variant_file)
-    stored = open_t2i_adapter(path) if is_t2i_adapter(path) else open_control(path, variant_file).network(weights)
+    stored = (
+        open_t2i_adapter(path, variant_file)
+        if is_t2i_adapter(path)
+        else open_control(path, variant_file).network(weights)
+    )
     net = stored.build(device, dtype)
     assert isinstance(net, ControlNet | T2IAdapter)
     return net
@@ -167,6 +174,10 @@ def save_control(
     net: ControlNet, path: str | Path, layout: str | None = None, dtype: str | torch.dtype | None = None
 ) -> None:
     """Writes a ControlNet as a diffusers folder, or a single file with the original names. Arguments as for `save`."""
+    if not isinstance(net, ControlNet):
+        raise UserError(
+            f"{type(net).__name__}s are not written; copy the file that it was loaded from", field="control"
+        )
     conv = net.config.vector is None and net.config.context != 1024  # SD 2.x's and SDXL's files hold linear layers
     own = next(net.parameters())
     packed = StoredNetwork(ControlNet, net.control, {name: stored(t) for name, t in net.state_dict().items()})

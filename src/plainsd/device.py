@@ -58,6 +58,14 @@ def bfloat16_pays() -> bool:
     return bool(found.get("amx_bf16") or by_vectors or found.get("bf16"))  # the last one is ARM's
 
 
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there to lay out weights of this dtype for this processor (speed/packed.py); bfloat16 needs
+    AVX-512 or AVX-NE-CONVERT."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def made_by_intel() -> bool:
     return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name", ""))
 

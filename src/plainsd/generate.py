@@ -9,12 +9,13 @@ that draw at the same time give each a model of its own.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import nn
 
 from plainsd.diffusion.samplers import Step
 from plainsd.errors import UserError
@@ -25,7 +26,7 @@ from plainsd.pictures.defaults import check_size, enlarged_size, resolved, setti
 from plainsd.pictures.drawing import Pictures, from_picture, from_text, repainted, side_by_side
 from plainsd.pictures.image_prompt import ImagePrompt, check_image_prompts
 from plainsd.pictures.images import continued, to_rgb
-from plainsd.pictures.masks import MaskOptions, canvas_of
+from plainsd.pictures.masks import Canvas, MaskOptions, canvas_of
 from plainsd.pictures.model import StableDiffusion, alone
 from plainsd.pictures.sampling import steps_to_run
 from plainsd.pictures.settings import MASK_OPTIONS, SIZES, Resolved, Settings
@@ -35,21 +36,32 @@ HIRES_STRENGTH = 0.7  # default for the hires pass
 
 
 class Events:
-    """A running task: an iterator over its events. Only its own code runs in inference mode, not the caller's."""
+    """A running task: an iterator over its events. Only its own code runs in inference mode, not the caller's.
 
-    def __init__(self, sd: StableDiffusion, events: Generator[Step | Pictures], settings: list[Resolved], steps: int):
+    `others`: the networks beside the model's, of controls and image prompts.
+    """
+
+    def __init__(
+        self,
+        sd: StableDiffusion,
+        events: Generator[Step | Pictures],
+        settings: list[Resolved],
+        steps: int,
+        others: Iterable[nn.Module] = (),
+    ):
         self._sd, self._events, self.settings, self.steps = sd, events, settings, steps  # steps: their total number
+        self._others = list(others)
 
     def __iter__(self) -> Events:
         return self
 
     def __next__(self) -> Step | Pictures:
-        with alone(self._sd), torch.inference_mode():
+        with alone(self._sd, self._others), torch.inference_mode():
             return next(self._events)
 
     def close(self) -> None:
         """Stops the task after the step that is running; nothing more comes."""
-        with alone(self._sd):
+        with alone(self._sd, self._others):
             self._events.close()
 
 
@@ -61,6 +73,21 @@ def final(events: Iterable[Step | Pictures]) -> list[Image.Image]:
     if not isinstance(last, Pictures):
         raise UserError("this task has ended before, and gives its pictures once; begin another")
     return last.images
+
+
+def _started(
+    task: Callable[..., Generator[Step | Pictures]],
+    sd: StableDiffusion,
+    each: list[Resolved],
+    steps: int,
+    control: Sequence[Control],
+    image_prompt: Sequence[ImagePrompt],
+    *inputs: Image.Image | Canvas,
+) -> Events:
+    """The events of a task of pictures/drawing.py, one of its functions."""
+    others: list[nn.Module] = [one.net for one in control]
+    others += [network for one in image_prompt for network in (one.adapter.adapter, one.adapter.tower)]
+    return Events(sd, side_by_side(task, sd, each, *inputs, control, image_prompt), each, steps, others)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -118,7 +145,7 @@ def text_to_image(
         settings = replace(settings, strength=HIRES_STRENGTH if settings.strength is None else settings.strength)
     one = resolved(sd, settings)
     each = settings_of_each(one, prompt, negative, count)
-    return Events(sd, side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
+    return _started(from_text, sd, each, steps_to_run(sd, one), control, image_prompt)
 
 
 def image_to_image(
@@ -153,7 +180,7 @@ def image_to_image(
     }
     settings, steps = _with_picture(sd, image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(sd, side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
+    return _started(from_picture, sd, each, steps, control, image_prompt, image)
 
 
 def _with_picture(sd: StableDiffusion, image: Image.Image, strength: float, choices: dict) -> tuple[Resolved, int]:
@@ -226,7 +253,7 @@ def inpaint(
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
     each = settings_of_each(settings, prompt, negative, count)
-    return Events(sd, side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return _started(repainted, sd, each, steps, control, image_prompt, canvas)
 
 
 def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
@@ -276,11 +303,11 @@ def batch(
     """
     each, one = list(each), each[0]
     if image is None:
-        return Events(sd, side_by_side(from_text, sd, each, control, image_prompt), each, steps_to_run(sd, one))
+        return _started(from_text, sd, each, steps_to_run(sd, one), control, image_prompt)
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
-        return Events(sd, side_by_side(from_picture, sd, each, image, control, image_prompt), each, steps)
+        return _started(from_picture, sd, each, steps, control, image_prompt, image)
     canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
     if not composed:
         canvas = replace(canvas, whole=image, alpha=Image.new("L", image.size, 255))
-    return Events(sd, side_by_side(repainted, sd, each, canvas, control, image_prompt), each, steps)
+    return _started(repainted, sd, each, steps, control, image_prompt, canvas)

@@ -1,5 +1,6 @@
 """LoRAs baked into a checkpoint, a layer at a time: `plainsd convert SRC DST --lora FILE:0.8`."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
@@ -15,7 +16,7 @@ from plainsd.adapters.lora import check_strengths, fold
 from plainsd.adapters.making import read_adapter
 from plainsd.adapters.names import BUNDLE, ModulePlace
 from plainsd.adapters.peft import PeftSettings
-from plainsd.adapters.reading import open_lora, tensors_by_module
+from plainsd.adapters.reading import lora_name, open_lora, tensors_by_module
 from plainsd.errors import UserError
 from plainsd.files.hashes import file_hash
 from plainsd.files.recipe import narrowed, with_recipe
@@ -35,20 +36,20 @@ class FoundLora(NamedTuple):
 
 def baked(contents: Contents, loras: Iterable[tuple[str | Path, float]], *, partial_fit: bool = False) -> Contents:
     """The contents with LoRAs merged in, in the order given, as by `add_lora` and `merge`. `partial_fit`: ignore names
-    that fit no module."""
+    that fit no module, and words, with a warning."""
     bare, names, used = without_weights(contents), {}, []
     found: dict[ModulePlace, list[FoundLora]] = {}
     for path, strength in loras:
         check_strengths(strength)
         file = open_lora(Path(path))
         settings = PeftSettings(file)
-        used.append(f"{Path(path).stem}:{strength:g}")
+        used.append(f"{lora_name(Path(path))}:{strength:g}")
         names[file_hash(file.path)] = used[-1]
-        if any(name.startswith(BUNDLE) for name in file.tensors) and not partial_fit:
-            raise UserError(
-                f"{path} brings words along, which a checkpoint cannot hold; to bake in the rest of it, accept that "
-                "(--lora-partial)"
-            )
+        if any(name.startswith(BUNDLE) for name in file.tensors):
+            what = f"{path} brings words along, which a checkpoint cannot hold"
+            if not partial_fit:
+                raise UserError(f"{what}; to bake in the rest of it, accept that (--lora-partial)")
+            warnings.warn(f"{what}: they are ignored", stacklevel=2)
         for place, tensors in tensors_by_module(file, bare, partial=partial_fit).items():
             found.setdefault(place, []).append(FoundLora(file, tensors, settings, strength))
     networks = dict(contents.networks)

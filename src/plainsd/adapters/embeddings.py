@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from plainsd.adapters.names import BUNDLE
 from plainsd.disk import written_whole
-from plainsd.errors import UserError, unknown
+from plainsd.errors import WITH_NAMES, UserError, shortened, unknown
 from plainsd.files.detect import EMBEDDING, seems
 from plainsd.files.pickles import unpickled
 from plainsd.files.tensorfile import TensorFile, open_safetensors, stored, write_safetensors
@@ -41,6 +42,8 @@ PICKLE_SUFFIXES = (".pt", ".bin")
 EMBEDDING_FILES = ("learned_embeds.safetensors", "learned_embeds.bin")
 XL_KEYS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 WORD_KEY = "plainsd.word"  # in a safetensors file's metadata, or next to the vectors in a pickle
+NO_WORDS = ("emb_params", "emp_params", "*", "clip_h")  # keys of a lone tensor; emp_params is OneTrainer's
+OUTPUTS = re.compile(r"(clip_[lgh]|em[bp]_params)_out")  # OneTrainer's, in place of what an encoder makes of the word
 ONLY = "only"  # the key of a file's vectors where it has those of one text encoder
 FAMILIES = {(768,): "SD 1.x", (1024,): "SD 2.x", (768, 1280): "SDXL", (1280,): "SDXL's refiner"}  # by all widths
 
@@ -130,19 +133,24 @@ OF_WORDS = {"Lu", "Ll", "Lt", "Lm", "Lo", "Mn", "Mc", "Me", "Nd", "Nl", "Pc"}  #
 BUNDLED = re.compile(r"bundle_emb\.(.+)\.(clip_l|clip_g|emb_params|string_to_param\.\*)")
 
 
-def bundled(sd: StableDiffusion, file: TensorFile) -> dict[str, list[Tensor]]:
+def bundled(sd: StableDiffusion, file: TensorFile, *, partial: bool = False) -> dict[str, list[Tensor]]:
     """The words in a LoRA file, with (N, D) vectors for each text encoder. UserError where they are for another kind of
-    model."""
+    model, and for unsupported vectors; with `partial` these are ignored, with a warning."""
     words: dict[str, dict[str, Tensor]] = {}
-    for name in [name for name in file.tensors if name.startswith(BUNDLE)]:
-        match = BUNDLED.fullmatch(name)
-        if match is None:
+    names = [name for name in file.tensors if name.startswith(BUNDLE)]
+    if unsupported := [name for name in names if not BUNDLED.fullmatch(name)]:
+        what = f"{file.path} brings words along in a way that is not supported, {quoted(unsupported)}"
+        if not partial:
             raise UserError(
-                f"{file.path} brings a word along in a way that is not supported, {name!r}; known are "
-                f"{BUNDLE}<word>.clip_l, .clip_g, .emb_params and .string_to_param.*"
+                f"{what}; known are {BUNDLE}<word>.clip_l, .clip_g, .emb_params and .string_to_param.*; to use the "
+                "rest of it, accept that (--lora-partial)",
+                most=WITH_NAMES,
             )
-        word, key = match.groups()
-        words.setdefault(word, {})[key if key in XL_KEYS.values() else ONLY] = file.tensors[name].read()
+        warnings.warn(f"{what}: they are ignored", stacklevel=3)
+    for name in names:
+        if match := BUNDLED.fullmatch(name):
+            word, key = match.groups()
+            words.setdefault(word, {})[key if key in XL_KEYS.values() else ONLY] = file.tensors[name].read()
     vectors = {word: usable(file.path, found) for word, found in words.items()}
     if sd.unet.config.vector is None:  # one text encoder, whatever the file calls it
         vectors = {word: {ONLY: next(iter(found.values()))} for word, found in vectors.items() if len(found) == 1}
@@ -159,6 +167,10 @@ def learn(sd: StableDiffusion, words: Mapping[str, Sequence[Tensor]]) -> None:
                 write_rows(encoder, units[0], rows)
         else:
             add_word(sd, word, vectors)
+
+
+def quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(shortened(name, 90)) for name in names[:5]) + (", ..." if len(names) > 5 else "")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -187,9 +199,22 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     content = embedding_content(path)
     name, found = parsed_embedding(content)
     if not found:
-        names = [name for name in content if name != WORD_KEY] if isinstance(content, dict) else []
-        raise UserError(f"{path} holds no textual-inversion embedding: it seems to be {seems(map(str, names))}")
+        names = [str(name) for name in content if name != WORD_KEY] if isinstance(content, dict) else []
+        raise not_read(path, names)
     return name, usable(path, found)
+
+
+def not_read(path: Path, names: Sequence[str]) -> UserError:
+    """The error for a file of these names."""
+    if outputs := [name for name in names if OUTPUTS.fullmatch(name)]:
+        what = f"vectors for the outputs of text encoders, which are not supported, {quoted(outputs)}"
+        remedy = "take another embedding, or train it without OneTrainer's output embedding"
+        return UserError(f"{path} holds {what}; {remedy}", most=WITH_NAMES)
+    if (what := seems(names)) == EMBEDDING:
+        known = "string_to_param with one word, emb_params, clip_l and clip_g, or one tensor under the word"
+        return UserError(f"{path} holds {what} in a form that is not supported, {quoted(names)}; known are {known}",
+                         most=WITH_NAMES)  # fmt: skip
+    return UserError(f"{path} holds no textual-inversion embedding: it seems to be {what}")
 
 
 def usable(path: Path, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -228,7 +253,7 @@ def embedding_in(path: Path) -> tuple[str, str] | None:
         return None
     word, tensors = parsed_embedding(content)
     found = [vectors for _, vectors in sorted(tensors.items(), reverse=True)]  # clip_l first
-    if not all(vectors.ndim for vectors in found):
+    if not found or not all(vectors.ndim for vectors in found):
         return None
     widths, counts = tuple(v.shape[-1] for v in found), {v.shape[0] if v.ndim > 1 else 1 for v in found}
     family = f", {FAMILIES[widths]}" if widths in FAMILIES else ""
@@ -254,10 +279,10 @@ def parsed_embedding(content: object) -> tuple[str | None, dict[str, Tensor]]:
     tensors = {str(key): value for key, value in content.items() if isinstance(value, Tensor)}
     if tensors and tensors.keys() <= set(XL_KEYS.values()):
         return word, tensors
-    if len(tensors) != 1:
+    if len(tensors) != 1 or any(map(OUTPUTS.fullmatch, tensors)):
         return None, {}
     ((key, vectors),) = tensors.items()
-    return word or (None if key in ("emb_params", "*", "clip_h") else key), {ONLY: vectors}
+    return word or (None if key in NO_WORDS else key), {ONLY: vectors}
 
 
 def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> list[Tensor]:

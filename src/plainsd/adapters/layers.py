@@ -38,6 +38,8 @@ class Adapter(nn.Module):
     bias: (o,) added to the module's bias.
     """
 
+    lora: str | None = None  # what people call the LoRA that it is of
+
     def __init__(
         self,
         factors: Mapping[str, Tensor | None],

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from plainsd.adapters.making import read_adapter
 from plainsd.adapters.names import Adaptable, ModulePlace, adaptable_networks
 from plainsd.adapters.new import NEW, TARGETS, new_adapter, targeted
 from plainsd.adapters.peft import PeftSettings
-from plainsd.adapters.reading import open_lora, tensors_by_module
+from plainsd.adapters.reading import LORA_FILES, lora_name, lora_of_alias, open_lora, tensors_by_module
 from plainsd.adapters.writing import write_lora
 from plainsd.errors import UserError, unknown
 from plainsd.listing import files_below, suffix_of
@@ -47,8 +47,13 @@ LORA_SUFFIXES = (".safetensors", ".pt", ".bin", ".ckpt")
 class Lora:
     """One LoRA on a model: its adapters, by network and module."""
 
-    name: str
+    name: str  # among those on the model, and in the names of its modules
     model: Adaptable
+
+    @property
+    def called(self) -> str:
+        """As its file or folder is, or as it was injected."""
+        return next((adapter.lora for adapter in self.adapters.values() if adapter.lora is not None), self.name)
 
     @property
     def adapters(self) -> dict[ModulePlace, Adapter]:
@@ -156,8 +161,8 @@ def add_lora(
     partial: bool = False,
 ) -> Lora:
     """Adds a file's LoRA to a model, on top of others. Names that fit no module are an error, or, if `partial`,
-    ignored. Adapters have the device and dtype of the weights. Words in the file are added to the model, and stay when
-    the LoRA is removed. Networks that `faster` has packed are unpacked, with a warning."""
+    ignored, with a warning. Adapters have the device and dtype of the weights. Words in the file are added to the
+    model, and stay when the LoRA is removed. Networks that `faster` has packed are unpacked, with a warning."""
     file = open_lora(Path(path))
     text_strength = strength if text_strength is None else text_strength
     check_strengths(strength, text_strength)
@@ -165,22 +170,23 @@ def add_lora(
     if any(unpacked):
         warnings.warn("the model was packed, and LoRAs need plain layers: call faster again after them", stacklevel=2)
     found, settings, parts = tensors_by_module(file, sd, partial=partial), PeftSettings(file), adaptable_networks(sd)
-    made, words = {}, bundled(sd, file)
+    made, words = {}, bundled(sd, file, partial=partial)
     for place, names in found.items():
         base = parts[place[0]].get_submodule(place[1])
         made[place] = read_adapter(file, names, settings, base, strength if place[0] == "unet" else text_strength)
     learn(sd, words)
-    return put(sd, Path(path).stem, made)
+    return put(sd, lora_name(Path(path)), made)
 
 
 def put(model: Adaptable, name: str, adapters: Mapping[ModulePlace, Adapter]) -> Lora:
     """Attaches all adapters after every one has been built: on an error the model is unchanged."""
     taken, safe = {lora.name for lora in attached(model)}, "lora_" + re.sub(r"\W", "_", name)
-    name = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
+    own = next(new for new in (safe, *(f"{safe}_{n}" for n in range(2, len(taken) + 3))) if new not in taken)
     parts = adaptable_networks(model)
     for (part, module), adapter in adapters.items():
-        attach(parts[part].get_submodule(module), name, adapter)
-    return Lora(name, model)
+        adapter.lora = name
+        attach(parts[part].get_submodule(module), own, adapter)
+    return Lora(own, model)
 
 
 def check_strengths(*strengths: float) -> None:
@@ -189,22 +195,34 @@ def check_strengths(*strengths: float) -> None:
             raise UserError(f"LoRA strength {strength:g} is out of bounds; most are between 0 and 1.5")
 
 
-def find_lora(folder: str | Path, name: str) -> Path:
-    """A LoRA by its file name without suffix, or by its path within the folder, as in `<lora:styles/ink:0.8>`."""
+def find_lora(folder: str | Path, name: str, given: Iterable[Path] = ()) -> Path:
+    """A LoRA by its name, or by its path within the folder, as in `<lora:styles/ink:0.8>`; where there is none, by what
+    its trainer called it, among those in `given` too."""
     folder = Path(folder)
-    files = [path for path in files_below(folder) if suffix_of(path) in LORA_SUFFIXES and path.is_file()]
-    places = {path: path.relative_to(folder).with_suffix("").as_posix() for path in files}
-    fitting = [path for path in files if places[path] == name] or [path for path in files if path.stem == name]
+    places = loras_below(folder)
+    fitting = [path for path in places if places[path] == name] or [path for path in places if lora_name(path) == name]
     if len(fitting) > 1:
+        apart = len({places[path] for path in fitting}) > 1
         raise UserError(
-            f"the LoRA {name!r} is there {len(fitting)} times: {', '.join(map(str, fitting))}; name its "
-            f"folder too, as {places[fitting[0]]!r}"
+            f"the LoRA {name!r} is there {len(fitting)} times: {', '.join(map(str, fitting))}; "
+            f"{f'name its folder too, as {places[fitting[0]]!r}' if apart else 'remove or rename one of them'}"
         )
-    if not fitting:
-        if not files:
-            raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(LORA_SUFFIXES)})")
-        raise unknown("LoRA", name, [path.stem for path in files])
-    return fitting[0]
+    found = fitting[0] if fitting else lora_of_alias([*given, *places], name)
+    if found is None and not places:
+        raise UserError(f"there is no LoRA {name!r}: {folder} holds no files of LoRAs ({', '.join(LORA_SUFFIXES)})")
+    if found is None:
+        raise unknown("LoRA", name, map(lora_name, places))
+    return found
+
+
+def loras_below(folder: Path) -> dict[Path, str]:
+    """The LoRAs in a folder, each with its path there, without the ending; also the folders that diffusers and PEFT
+    save. Where a .safetensors has the same path as others, they are left out."""
+    files = [path for path in files_below(folder) if suffix_of(path) in LORA_SUFFIXES and path.is_file()]
+    saved = dict.fromkeys(path.parent for path in files if path.name in LORA_FILES and path.parent != folder)
+    places = {path: (path.parent / lora_name(path)).relative_to(folder).as_posix() for path in (*saved, *files)}
+    safe = {place for path, place in places.items() if suffix_of(path) == ".safetensors"}
+    return {path: at for path, at in places.items() if suffix_of(path) == ".safetensors" or at not in safe}
 
 
 # --- for training ----------------------------------------------------------------------------------------------------

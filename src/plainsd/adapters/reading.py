@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from plainsd.adapters.peft import REMEDY, PeftSettings
 from plainsd.errors import WITH_NAMES, UserError, shortened
 from plainsd.files.detect import LORA, seems
 from plainsd.files.stored import first
-from plainsd.files.tensorfile import TensorFile, open_tensors
+from plainsd.files.tensorfile import TensorFile, open_tensors, read_header
+from plainsd.listing import suffix_of
 
 LORA_FILES = (
     "pytorch_lora_weights.safetensors",
@@ -49,6 +51,43 @@ UNSUPPORTED = (  # patterns in tensor names of unsupported kinds of adapters
 FAMILY_BY_WIDTH = {768: "SD 1.x", 1024: "SD 2.x", 1280: "SDXL's refiner", 2048: "SDXL"}  # by the width of the text
 CROSS = re.compile(r"attn2[._]to_[kv]$")
 XL_ONLY = re.compile(r"lora_te2_|text_encoder_2\.|transformer_blocks[._][1-9]|(input|output)_blocks[._]\d")
+
+
+# --- what a LoRA is called --------------------------------------------------------------------------------------------
+
+
+def lora_name(path: Path) -> str:
+    """What prompts call a LoRA: a file by its name without the ending, a folder by its own, such as `v1.5`."""
+    return path.name if path.is_dir() else path.stem
+
+
+def lora_alias(path: Path) -> str | None:
+    """What its trainer called a LoRA, and A1111's prompts do by default (extensions-builtin/Lora/network.py, 1.10.1).
+    Reads no weights; None where the file does not say."""
+    try:
+        file = lora_file(path)
+        notes = read_header(file)[0].get("__metadata__") if suffix_of(file) == ".safetensors" else None
+    except UserError:  # no LoRA at all
+        return None
+    name = notes.get("ss_output_name") if isinstance(notes, dict) else None
+    return name if isinstance(name, str) and name else None
+
+
+def lora_of_alias(paths: Iterable[Path], alias: str) -> Path | None:
+    """The LoRA that its trainer called so; None if none was. UserError for several."""
+    found: dict[Path, Path] = {}
+    for path in paths:
+        if lora_alias(path) == alias:
+            found.setdefault(lora_file(path).resolve(), path)
+    if len(found) > 1:
+        first_one, *_ = found.values()
+        raise UserError(
+            f"{len(found)} LoRAs were called {alias!r} by their trainers: {', '.join(map(str, found.values()))}; name "
+            f"one by its file, as {lora_name(first_one)!r}",
+            field="loras",
+            value=alias,
+        )
+    return next(iter(found.values()), None)
 
 
 # --- what a file is --------------------------------------------------------------------------------------------------
@@ -103,13 +142,19 @@ def misfit(file: TensorFile, model: Adaptable, what: str, remedy: str) -> UserEr
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
+def lora_file(path: Path) -> Path:
+    """The file itself, or that of a folder saved by diffusers or PEFT."""
+    if not path.is_dir():
+        return path
+    inside = [path / name for name in LORA_FILES if (path / name).is_file()]
+    if not inside:
+        raise UserError(f"{path} is a folder without {LORA_FILES[0]} or {LORA_FILES[1]}; give the LoRA's own file")
+    return inside[0]
+
+
 def open_lora(path: Path) -> TensorFile:
     """A LoRA file, or a folder saved by diffusers or PEFT."""
-    if path.is_dir():
-        inside = [path / name for name in LORA_FILES if (path / name).is_file()]
-        if not inside:
-            raise UserError(f"{path} is a folder without {LORA_FILES[0]} or {LORA_FILES[1]}; give the LoRA's own file")
-        path = inside[0]
+    path = lora_file(path)
     file = open_tensors(path)
     if kind := unsupported(file):
         raise UserError(f"{path} is an adapter of a kind that is not supported, {kind}; {REMEDY}")
@@ -142,7 +187,7 @@ def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> d
     """For each module of the model, the names of its tensors in the file, by part.
 
     UserError for a name that fits no module, incomplete factors, or factors that do not fit the weight; with `partial`,
-    they are ignored.
+    they are ignored, with a warning.
     """
     known = known_names(model)
     found: dict[ModulePlace, dict[str, str]] = {}
@@ -166,6 +211,9 @@ def tensors_by_module(file: TensorFile, model: Adaptable, *, partial: bool) -> d
             problem = problem or error
     if problem and not (partial and fitting):
         raise problem
+    if ignored := lost + [name for place, parts in found.items() if place not in fitting for name in parts.values()]:
+        what = f"{len(ignored)} of its {len(names)} names are ignored"
+        warnings.warn(f"{file.path}: {what}: {first(ignored)}", stacklevel=3)
     return fitting
 
 

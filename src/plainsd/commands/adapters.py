@@ -5,7 +5,7 @@ LoRAs are recorded in a picture's settings as `<lora:...>` tags, however they we
 again. So are the embeddings that its prompts use, so that --from can ask for them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,19 +25,28 @@ class LoraStrengths(NamedTuple):
 LoraFiles = list[tuple[Path, LoraStrengths]]
 
 
-def prompts_and_loras(prompts: Sequence[str]) -> tuple[list[str], dict[str, LoraStrengths]]:
-    """The prompts without LoRA tags, and the LoRAs they name, with strengths. UserError if prompts differ in them."""
+def prompts_and_loras(
+    prompts: Sequence[str], each: Iterable[Mapping[str, str]] = ()
+) -> tuple[list[str], list[LoraTag]]:
+    """The prompts without LoRA tags, and the tags. UserError if prompts differ in them, or if the texts beside the
+    prompts (`each`, by their fields) have any."""
+    from plainsd.pictures.defaults import check_untagged
+
     texts, tags = zip(*map(tagged_loras, prompts), strict=True)
     if any(one != tags[0] for one in tags):
         raise UserError(
             "the prompts name different LoRAs, and all prompts of a run share one set; run them separately",
             field="prompt",
         )
-    return [text.rstrip() for text in texts], {name: LoraStrengths(*strengths) for name, *strengths in tags[0]}
+    for field, text in dict.fromkeys(item for beside in each for item in beside.items()):
+        check_untagged(field, text)
+    return [text.rstrip() for text in texts], tags[0]
 
 
 def tags_of(loras: LoraFiles) -> str:
-    return "".join(f" {LoraTag(path.stem, *strengths)}" for path, strengths in loras)
+    from plainsd.adapters.reading import lora_name
+
+    return "".join(f" {LoraTag(lora_name(path), *strengths)}" for path, strengths in loras)
 
 
 def from_flag(text: str, flag: str = "lora") -> tuple[Path, float | None]:
@@ -63,24 +72,43 @@ def embedding_from_flag(text: str) -> tuple[Path, str]:
     return file, word
 
 
-def chosen_loras(flags: Sequence[str], tags: Mapping[str, LoraStrengths], folder: Path | None) -> LoraFiles:
-    """The LoRAs of --lora, then those that only tags name, found in `folder`. A flag's strength overrides a tag's, on
-    all networks."""
+def chosen_loras(flags: Sequence[str], tags: Iterable[LoraTag], folder: Path | None) -> LoraFiles:
+    """The LoRAs of --lora, then those that only tags name, found in `folder`."""
     from plainsd.adapters.lora import find_lora
+    from plainsd.adapters.reading import lora_name, lora_of_alias
 
     given = [from_flag(text) for text in flags]
-    tagged = {Path(name).name: strengths for name, strengths in tags.items()}
-    loras = [
-        (path, tagged.get(path.stem, LoraStrengths(1.0, 1.0)) if number is None else LoraStrengths(number, number))
-        for path, number in given
-    ]
-    for name, strengths in tags.items():
-        if not any(path.stem == Path(name).name for path, _ in loras):
-            if folder is None:
+    files = [path for path, _ in given]
+    named: list[tuple[list[int], LoraTag]] = []
+    others: LoraFiles = []
+    for tag in tags:
+        indices = [index for index, path in enumerate(files) if lora_name(path) == Path(tag.name).name]
+        if not indices:
+            found = lora_of_alias(files, tag.name) if folder is None else find_lora(folder, tag.name, files)
+            if found is None:
                 raise UserError(
-                    f"the prompt names the LoRA {name!r}; give it with --lora FILE or --lora-folder FOLDER",
+                    f"the prompt names the LoRA {tag.name!r}; give it with --lora FILE or --lora-folder FOLDER",
                     field="loras",
-                    value=name,
+                    value=tag.name,
                 )
-            loras.append((find_lora(folder, name), strengths))
-    return loras
+            indices = [index for index, path in enumerate(files) if path == found]
+            others += [] if indices else [(found, LoraStrengths(tag.strength, tag.text_strength))]
+        named += [(indices, tag)] if indices else []
+    return [(files[index], one) for index, one in flag_strengths([number for _, number in given], named)] + others
+
+
+def flag_strengths(
+    numbers: Sequence[float | None], tags: Iterable[tuple[Sequence[int], LoraTag]]
+) -> list[tuple[int, LoraStrengths]]:
+    """The LoRAs of --lora by their indices, each as often as it acts, with strengths. `tags` come with the indices of
+    the LoRAs that they may name: each of these takes one in turn, and the first of them all that are left. The number
+    of a flag overrides its tags, on all networks."""
+    own: list[list[LoraStrengths]] = [[] for _ in numbers]
+    for indices, tag in tags:
+        free = [index for index in indices if not own[index]]
+        own[(free or indices)[0]].append(LoraStrengths(tag.strength, tag.text_strength))
+    return [
+        (index, one)
+        for index, number in enumerate(numbers)
+        for one in (own[index] or [LoraStrengths(1.0, 1.0)] if number is None else [LoraStrengths(number, number)])
+    ]

@@ -67,7 +67,7 @@ class Generate(GenerateFlags):
 
             say_unused(besides)
             return remote.generate_remotely(self, prompts, choices, each)
-        prompts, tags = prompts_and_loras(prompts)
+        prompts, tags = prompts_and_loras(prompts, each)
         target = Target(self.out, self.format)  # UserError if it is not writable
         if self.preview:
             check_writable(self.preview.parent)
@@ -118,7 +118,7 @@ class Generate(GenerateFlags):
         first = next(iter(setups))[0] if axes else None
         sd, words = setup.ready(first or self.model)
         note_unused_embeddings(words, [*prompts, *map(choices.get, TEXTS_BESIDE)])
-        check_recorded(self, sd, prompts, words, choices)
+        check_recorded(self, sd, prompts, setup.loras, words, choices)
         say_unused(besides)
         joins = setup.joins(sd)
         choices |= joins

@@ -111,14 +111,19 @@ def by_setup(cells: list[tuple[list[str], dict]]) -> dict[Setup, list[int]]:
 
 
 def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -> None:
-    """Sets the strengths of LoRAs on the model, by name. UserError for an unknown name."""
-    from plainsd.adapters.lora import attached
+    """Sets the strengths of LoRAs on the model, by name. UserError for an unknown name, and one of several."""
+    from plainsd.adapters.lora import Lora, attached
 
-    on = {lora.name.removeprefix("lora_"): lora for lora in attached(sd)}
+    on: dict[str, list[Lora]] = {}
+    for lora in attached(sd):
+        on.setdefault(lora.called, []).append(lora)
     for name, strength in strengths:
         if name not in on:
             raise unknown("LoRA", name, on or ["none: give one with --lora"], field="loras")
-        on[name].set_strength(strength)
+        if len(on[name]) > 1:
+            what = f"grid {LORA_AXIS}{name}: {len(on[name])} LoRAs of this name are on the model"
+            raise UserError(f"{what}; give one, or rename the others", field="grid")
+        on[name][0].set_strength(strength)
 
 
 def check_models(models: Iterable[str], joins: Mapping[str, Sequence], vae: Path | None) -> None:
@@ -173,5 +178,6 @@ def cell_by_cell(
 def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:
     from plainsd.pictures.images import grid
 
-    labels = [[f"{one.name.replace('_', ' ')} {value}" for value in one.values] for one in axes]
+    names = [one.name if one.name.startswith(LORA_AXIS) else one.name.replace("_", " ") for one in axes]
+    labels = [[f"{name} {value}" for value in one.values] for name, one in zip(names, axes, strict=True)]
     return grid(images, len(labels[0]), *labels)

@@ -6,7 +6,9 @@ that was made with them, flags must give the files.
 
 from __future__ import annotations
 
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.pictures.settings import DEFAULTS, Settings
 from plainsd.pictures.texts.a1111 import SECOND_LORAS
-from plainsd.text.prompts import tagged_loras
+from plainsd.text.prompts import LORA_TAG, tagged_loras
 
 if TYPE_CHECKING:
     from plainsd.pictures.model import StableDiffusion
@@ -36,12 +38,20 @@ NOISE = ("prediction", "zero_snr")  # how to read the model: recorded, and overr
 
 
 def recorded(path: Path) -> dict:
-    """The recorded settings that differ from the defaults. LoRAs of a hires prompt are named, and left out."""
+    """The recorded settings that differ from the defaults. LoRAs of a hires prompt are named, and left out; so are tags
+    of the negative prompt, where A1111 loads no LoRAs (`parse_extra_network_prompts` of processing.py, 1.10.1)."""
     from plainsd.pictures.images import read_settings
 
     found = {name: value for name, value in asdict(read_settings(path)).items() if value != DEFAULTS[name]}
     for name in found.keys() & {"hires_prompt", "hires_negative"}:
         found[name] = tagged_loras(found[name])[0]  # the hires pass uses the LoRAs of the prompt
+    if tag := LORA_TAG.search(found.get("negative", "")):
+        found["negative"] = LORA_TAG.sub("", found["negative"])
+        print(
+            f"note: {tag[0]} in the negative prompt of '{path}' is left out: A1111 loads no LoRA there, and reads the "
+            "tag as words; the picture will differ",
+            file=sys.stderr,
+        )
     other = found.pop("other", ())
     if own := dict(other).get(SECOND_LORAS):
         which = "without LoRAs" if own == "none" else f"with the LoRAs {own}"
@@ -55,10 +65,15 @@ def recorded(path: Path) -> dict:
 
 
 def check_recorded(
-    command: GenerateFlags, sd: StableDiffusion, prompts: list[str], words: Mapping[str, Path], choices: dict
+    command: GenerateFlags,
+    sd: StableDiffusion,
+    prompts: list[str],
+    loras: LoraFiles,
+    words: Mapping[str, Path],
+    choices: dict,
 ) -> None:
     """UserError if the picture of --from needs files that flags do not give. Removes their names from `choices`.
-    `words`: the embeddings that flags give."""
+    `loras`, `words`: the LoRAs on the model, and the embeddings that flags give."""
     from plainsd.files.hashes import weights_hash
     from plainsd.pictures.defaults import model_name
 
@@ -83,6 +98,7 @@ def check_recorded(
             file=sys.stderr,
         )
     note_other_embeddings(made, {word: files[word.lower()] for word in used}, dict(hashes or ()))
+    note_other_loras(made, loras, hashes or ())
 
 
 def note_other_embeddings(made: str, used: Mapping[str, Path], hashes: Mapping[str, str]) -> None:
@@ -95,6 +111,31 @@ def note_other_embeddings(made: str, used: Mapping[str, Path], hashes: Mapping[s
             print(
                 f"note: {made} embedding {word!r} of the hash {was}, and that of {file} is {now[: len(was)]}: the "
                 "picture will differ",
+                file=sys.stderr,
+            )
+
+
+def note_other_loras(made: str, loras: LoraFiles, hashes: Iterable[tuple[str, str]]) -> None:
+    """Prints the LoRAs whose files are not those of the recorded hashes, which are of the tensors, or, as some programs
+    write them, of the whole file. Of several LoRAs of a name each has its own, in their order."""
+    from plainsd.adapters.reading import lora_alias, lora_name
+    from plainsd.files.hashes import file_hash, weights_of
+
+    recorded: dict[str, list[str]] = defaultdict(list)
+    for name, value in hashes:
+        if name.startswith("lora:"):
+            recorded[Path(name.removeprefix("lora:")).name].append(value.lower())
+    for path, _ in loras:
+        names = [re.sub("[:,]", "", called) for called in (lora_name(path), lora_alias(path)) if called]  # as there
+        if not (known := [name for name in names if recorded[name]]):
+            continue
+        name, file = known[0], weights_of(path)[0]
+        was = recorded[name].pop(0)
+        now = file_hash(file, tensors_only=True)
+        if not now.startswith(was) and not file_hash(file).startswith(was):
+            print(
+                f"note: {made} LoRA {name!r} of the hash {was}, and that of {path} is {now[: len(was)]}: the picture "
+                "will differ",
                 file=sys.stderr,
             )
 
@@ -128,10 +169,11 @@ def with_notes(
     settings: Settings, sd: StableDiffusion, loras: LoraFiles, words: dict[str, Path], vae: Path | None, noise: dict
 ) -> Settings:
     """The settings to write: with LoRAs, embeddings and VAE from flags, and the hashes of all files."""
+    from plainsd.adapters.reading import lora_name
     from plainsd.files.hashes import hashes
 
     used = words_in([settings.prompt, *(getattr(settings, name) for name in TEXTS_BESIDE)], words)
-    files = hashes(sd.path, vae, [(path.stem, path) for path, _ in loras], [(word, words[word]) for word in used])
+    files = hashes(sd.path, vae, [(lora_name(path), path) for path, _ in loras], [(word, words[word]) for word in used])
     return replace(
         settings,
         prompt=settings.prompt + tags_of(loras),

@@ -122,8 +122,7 @@ def jobs_of(
             shared[name] = encoded_file(path)
     shared["controls"] = list(control_fields(command, choices.get("control", ())))
     shared["image_prompts"] = list(image_prompt_fields(command, choices.get("image_prompt", ())))
-    flags = [from_flag(text) for text in command.lora]
-    loras = [(path.stem if suffix_of(path) == ".safetensors" else str(path), strength) for path, strength in flags]
+    loras = [from_flag(text) for text in command.lora]
     recorded = words_in([*prompts, *map(choices.get, TEXTS_BESIDE)], choices.get("embeddings", ()))
     shared["embeddings"] = [*dict.fromkeys([*map(embedding_of, command.embedding), *recorded])]
     axes = [axis(text) for text in command.grid]
@@ -140,24 +139,37 @@ def jobs_of(
         first += count
 
 
-def prompt_and_loras(prompt: str, loras: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
+def prompt_and_loras(prompt: str, loras: Sequence[tuple[Path, float | None]]) -> dict[str, Any]:
     """`prompt` and `loras` of POST /api/jobs. As without a server, a LoRA of --lora has the strength of the flag, or
-    else those of its tag in the prompt, which is taken out."""
-    names = {Path(name).name for name, _ in loras}
-    tags: dict[str, LoraTag] = {}
+    else those of its tags in the prompt, which are taken out."""
+    from plainsd.commands.adapters import flag_strengths
+
+    names = [path.stem if suffix_of(path) == ".safetensors" else str(path) for path, _ in loras]
+    tags: list[tuple[list[int], LoraTag]] = []
 
     def kept(found: re.Match[str]) -> str:
         _, (tag,) = tagged_loras(found[0])
-        tags[Path(tag.name).name] = tag
-        return "" if Path(tag.name).name in names else found[0]
+        indices = [index for index, name in enumerate(names) if Path(name).name == Path(tag.name).name]
+        indices = indices or called_so([path for path, _ in loras], tag.name)
+        tags.extend([(indices, tag)] if indices else [])
+        return "" if indices else found[0]
 
     text = LORA_TAG.sub(kept, prompt)
     fields = []
-    for name, number in loras:
-        tag = tags.get(Path(name).name, LoraTag(name)) if number is None else LoraTag(name, number, number)
-        own = {} if tag.text_strength == tag.strength else {"text_strength": tag.text_strength}
-        fields.append({"name": name, "strength": tag.strength, **own})
+    for index, one in flag_strengths([number for _, number in loras], tags):
+        own = {} if one.text_strength == one.strength else {"text_strength": one.text_strength}
+        fields.append({"name": names[index], "strength": one.strength, **own})
     return {"prompt": text if text == prompt else text.rstrip(), "loras": fields}
+
+
+def called_so(paths: Sequence[Path], alias: str) -> list[int]:
+    """The indices of the LoRA that its trainer called so, where the files are on this machine."""
+    if not any(path.exists() for path in paths):
+        return []
+    from plainsd.adapters.reading import lora_of_alias
+
+    found = lora_of_alias(paths, alias)
+    return [index for index, path in enumerate(paths) if path == found]
 
 
 def control_fields(command: GenerateFlags, recorded: Sequence[ControlNote]) -> Iterator[dict[str, Any]]:

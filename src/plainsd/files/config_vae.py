@@ -13,7 +13,7 @@ VAE_FIXED = {
     "use_post_quant_conv": True,
     "mid_block_add_attention": True,
 }
-TINY = "AutoencoderTiny"
+TINY, VAE_CLASS = "AutoencoderTiny", "AutoencoderKL"  # diffusers' classes
 TINY_FIXED = {"act_fn": "relu", "upsample_fn": "nearest", "upsampling_scaling_factor": 2, "scaling_factor": 1.0}
 TINY_FIXED |= {"shift_factor": 0.0}
 TINY_LEVELS = (
@@ -43,6 +43,8 @@ def read_tiny_vae(config: Config, where: str) -> TinyVAEConfig:
 def read_vae(config: Config, where: str) -> AnyVAEConfig:
     if config.get("_class_name") == TINY:
         return read_tiny_vae(config, where)
+    if (kind := config.get("_class_name", VAE_CLASS)) != VAE_CLASS:
+        raise UserError(f"{where}: {kind!r} is not supported; choose an autoencoder of class {VAE_CLASS} or {TINY}")
     check_fixed(config, VAE_FIXED, where)
     vae = VAEConfig(
         channels=wholes(config, "block_out_channels", where),

@@ -4,7 +4,7 @@ Reading is strict: a setting that changes what a network computes and is not sup
 so is an impossible value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_type_hints
 
@@ -15,6 +15,7 @@ from plainsd.files.config_vae import read_vae
 from plainsd.files.config_values import Config, check_fixed, divides, one_of, real_number, whole_number, wholes
 from plainsd.models.clip import ACTIVATIONS, TextConfig
 from plainsd.models.control import ControlConfig, way_down
+from plainsd.models.tiny_vae import AnyVAEConfig
 from plainsd.models.unet import UNetConfig
 from plainsd.models.variants import Variant, check_reads, edits, encoder_names, nearest
 
@@ -220,6 +221,7 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
         for name, kind in classes.items()
     )
     check_pipeline(index, edits(unet, vae), where)
+    check_joints(unet, vae, texts, where)
     noise = read_schedule(*at("scheduler/scheduler_config.json"), scheduler_class(index))
     side = wholes({"sample_size": get("unet/config.json").get("sample_size") or 64}, "sample_size", where)
     variant = Variant(
@@ -235,10 +237,21 @@ def read_variant(get: Callable[[str], Config], where: str) -> Variant:
     )
     if list(classes) != encoder_names(variant):
         raise UserError(f"{where}: model_index.json lists the text encoders {list(classes)}, which fit no known model")
-    if known := nearest(variant):
+    if known := nearest(variant, scheduler_class(index)):
         variant = replace(variant, name=known.name, guidance=known.guidance, steps=known.steps)
         variant = replace(variant, sampler=noise.get("sampler", known.sampler))
     return replace(variant, **our_notes(index, where))
+
+
+def check_joints(unet: UNetConfig, vae: AnyVAEConfig, texts: Sequence[TextConfig], where: str) -> None:
+    """UserError where the parts are of different models."""
+    if unet.context != (width := sum(text.width for text in texts)):
+        what = f"its UNet reads texts of width {unet.context}, and its text encoders give {width}"
+    elif unet.out_channels != vae.latent_channels:
+        what = f"its UNet gives {unet.out_channels} channels, and its VAE's latents have {vae.latent_channels}"
+    else:
+        return
+    raise UserError(f"{where}: {what}; put the parts of one model together")
 
 
 def force_zeros(index: Config, where: str) -> bool:

@@ -66,7 +66,7 @@ class StoredControl:
         if base is None:
             raise UserError(
                 f"{self.file.path} is {CONTROL_FORMS[self.form]}, and needs the model that it is for; give "
-                "it with base=",
+                "that to load_control with base=, and the result to save_control",
                 field="control",
             )
         return StoredNetwork(ControlNet, self.config, with_base(self, base()))
@@ -124,7 +124,7 @@ def shaped(file: TensorFile, names: str, partial: bool) -> ControlConfig:
     for unet in known_unets():
         config = ControlConfig(unet, *hint_of(file, names), pooled=pooled)
         if "task_embedding" in file.tensors:
-            config = replace(config, kinds=file.tensors["task_embedding"].shape[0])
+            config = replace(config, kinds=(*file.tensors["task_embedding"].shape, 0)[0])
         if fits(file, config, names, partial):
             return config
     raise UserError(
@@ -227,6 +227,10 @@ def write_control_net(
         raise unknown("layout", layout, CONTROL_LAYOUTS)
     text = json.dumps(write_control(network.config, conv), indent=2, sort_keys=True) + "\n"
     if layout == "diffusers":
+        if network.config.unet.mid_depth is None:
+            warnings.warn(
+                "diffusers has no ControlNets of models without a middle, and cannot read this one", stacklevel=3
+            )
         with whole_folder(target) as folder:
             (folder / "config.json").write_text(text, encoding="utf-8")
             tensors = packed_tensors(network, "diffusers", conv=conv, dtype=dtype)

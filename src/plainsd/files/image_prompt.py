@@ -9,6 +9,7 @@ published repository.
 """
 
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from plainsd.files.detect import seems
 from plainsd.files.folder import open_part, read_network
 from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import TensorFile, open_tensors
+from plainsd.files.unusable import damaged
 from plainsd.models.clip import ACTIVATIONS
 from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
 from plainsd.models.vision import VISION_TOWERS, VisionConfig, VisionTower
@@ -34,6 +36,10 @@ PATCHES = {  # the first weight in each naming
     "diffusers": ("vision_model.embeddings.patch_embedding.weight", "embeddings.patch_embedding.weight"),
     "openclip": ("visual.conv1.weight",),
 }
+
+
+POSITIONS = re.compile(r"position(al)?_embedding")
+OF_BOTH = ("ViT-B/32", "ViT-B/16", "ViT-L/14")  # towers that OpenAI and LAION trained, with another activation
 
 
 # --- the tower -------------------------------------------------------------------------------------------------------
@@ -89,15 +95,23 @@ def read_vision(config: Config, where: str) -> VisionConfig:
 
 
 def known_tower(file: TensorFile, naming: str) -> VisionConfig:
-    """Of the known towers the one with these shapes. OpenCLIP's and OpenAI's ViT-L/14 differ in their activation alone:
-    OpenAI's is assumed."""
+    """Of the known towers the one with these shapes. LAION's differ from OpenAI's of the same size in their activation
+    alone: OpenAI's is assumed, with a warning."""
     shapes = {name: stored.shape for name, stored in file.tensors.items()}
     patches = next(shapes[name] for name in PATCHES[naming] if name in shapes)
-    places = next(shape[0] for name, shape in shapes.items() if re.search(r"position(al)?_embedding", name))
+    places = next((shape[0] for name, shape in shapes.items() if shape and POSITIONS.search(name)), 0)
+    if len(patches) != 4 or not places:
+        raise damaged(file.path, "its image encoder lacks its embeddings")
     layers = {found[1] for name in shapes if (found := re.search(r"(?:layers|resblocks)\.(\d+)\.", name))}
     size = round((places - 1) ** 0.5) * patches[-1]
-    for known in VISION_TOWERS.values():
+    for name, known in VISION_TOWERS.items():
         if (known.width, known.patch, known.size, known.layers) == (patches[0], patches[-1], size, len(layers)):
+            if name in OF_BOTH:
+                warnings.warn(
+                    f"{file.path}: taken for OpenAI's {name}; for LAION's, which has another activation, give a folder "
+                    "with its config.json",
+                    stacklevel=4,
+                )
             return known
     raise UserError(
         f"{file.path} is an image encoder of an unknown size (width {patches[0]}, {len(layers)} layers); "
@@ -143,7 +157,7 @@ def read_image_adapter(file: TensorFile) -> ImageAdapterConfig:
     """The sizes of an adapter, by its shapes."""
     shapes = {name: stored.shape for name, stored in file.tensors.items()}
     keys = sorted((int(found[1]), shape) for name, shape in shapes.items() if (found := KEY_NAME.fullmatch(name)))
-    if not keys or any(len(shape) != 2 for _, shape in keys):
+    if not keys or any(len(shape) != 2 or 0 in shape for _, shape in keys):
         raise UserError(f"{file.path} lacks its projections ip_adapter.1.to_k_ip.weight, ...; download the file again",
                         field="image_prompt")  # fmt: skip
     context = keys[0][1][1]

@@ -15,6 +15,7 @@ from plainsd.models.t2i_adapter import AdapterConfig, T2IAdapter
 T2I_CLASS = "T2IAdapter"
 ADAPTER_TYPES = {"full_adapter": "full", "full_adapter_xl": "xl", "light_adapter": "light"}
 FIRST_BLOCK = re.compile(r"(?:adapter\.)?body\.0\.(?:resnets\.0\.|body\.0\.)?block1\.weight")
+LEVEL = re.compile(r"body\.(\d{1,4})\.")
 BLOCKS = 2  # residual blocks a level, in all full adapters that were published
 FOLDED_SD, FOLDED_XL = 8, 16  # pixels a side that are folded, SD's and SDXL's
 
@@ -27,10 +28,10 @@ def is_t2i_adapter(path: Path) -> bool:
     return any(FIRST_BLOCK.fullmatch(name) for name in open_tensors(path).tensors)
 
 
-def open_t2i_adapter(path: Path) -> StoredNetwork:
+def open_t2i_adapter(path: Path, variant_file: str | None = None) -> StoredNetwork:
     if path.is_dir():
         config = read_t2i_adapter(read_json(path / "config.json"), str(path / "config.json"))
-        return read_network(open_part(path), T2IAdapter, config, conv=False)
+        return read_network(open_part(path, variant_file), T2IAdapter, config, conv=False)
     file = open_tensors(path)
     names = "diffusers" if any(name.startswith("adapter.") for name in file.tensors) else "original"
     return read_network(file, T2IAdapter, shaped_t2i_adapter(file), conv=False, layout=names)
@@ -55,14 +56,14 @@ def shaped_t2i_adapter(file: TensorFile) -> AdapterConfig:
     shapes = {name.removeprefix("adapter."): stored.shape for name, stored in file.tensors.items()}
     light = "body.0.out_conv.weight" in shapes
     folded = (*shapes.get("body.0.in_conv.weight" if light else "conv_in.weight", ()), 0, 0)[1]
-    places = [int(name.split(".")[1]) for name in shapes if name.startswith("body.")]
+    places = [int(found[1]) for name in shapes if (found := LEVEL.match(name))]
     flat = "body.0.block1.weight" in shapes
     levels = (max(places) + 1) // (BLOCKS if flat else 1)
     inside = len({name.split(".")[3] for name in shapes if re.match(r"body\.0\.(resnets|body)\.", name)})
     name = (
         "body.{}.out_conv.weight" if light else "body.{}.block1.weight" if flat else "body.{}.resnets.0.block1.weight"
     )
-    widths = [shapes.get(name.format(level * BLOCKS if flat else level), (0,))[0] for level in range(levels)]
+    widths = [(*shapes.get(name.format(level * BLOCKS if flat else level), ()), 0)[0] for level in range(levels)]
     factor = FOLDED_XL if folded % FOLDED_XL**2 == 0 else FOLDED_SD
     if not folded or folded % factor**2 or 0 in widths:
         raise UserError(

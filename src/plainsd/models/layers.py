@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 
 def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """Cosines, then sines, of the timestep at `dim / 2` frequencies from 1 down to nearly 1 / max_period.
+    """Cosines, then sines, of the timestep at `dim // 2` frequencies from 1 down to nearly 1 / max_period, and a zero
+    where dim is odd.
 
     Vaswani et al. 2017 (arXiv:1706.03762), section 3.5, as Ho et al. 2020 apply it to diffusion time.
     timestep (B,), whole or fractional -> (B, dim) float32. The angles are float32 whatever the network's
@@ -22,7 +23,7 @@ def timestep_embedding(timestep: Tensor, dim: int, max_period: float = 10_000.0)
     half = dim // 2
     exponent = -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half
     angle = timestep.float()[:, None] * exponent.exp()
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+    return F.pad(torch.cat([angle.cos(), angle.sin()], dim=-1), (0, dim % 2))
 
 
 class Beside(NamedTuple):

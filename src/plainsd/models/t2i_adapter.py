@@ -89,13 +89,13 @@ class T2IAdapter(nn.Module):
 
 def feature_places(unet: UNet) -> list[int]:
     """Where a UNet's features join it, counted from conv_in's output: after the last block of each level before it is
-    halved; of a level that does not attend, after that (it has it of diffusers' blocks); at last the middle."""
+    halved; of a level that does not attend, after that (it has it of diffusers' blocks); at last the middle, if any."""
     config, found = unet.config, []
     for level, depth in enumerate(config.depth):
         halving = (level + 1) * (config.layers + 1)
         last = level == len(config.depth) - 1
         found.append(halving if not depth and not last else halving - 1)
-    return [*found, len(unet.down) + 1]
+    return [*found, len(unet.down) + 1] if config.mid_depth is not None else found
 
 
 def as_features(unet: UNet, each: Sequence[Tensor]) -> list[Tensor | None]:

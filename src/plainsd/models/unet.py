@@ -8,6 +8,7 @@ extra vector.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -219,6 +220,10 @@ class UNet(WayDown):
 
         self.norm_out = nn.GroupNorm(config.groups, ch[0])
         self.conv_out = nn.Conv2d(ch[0], config.out_channels, 3, padding=1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: without a compiled forward (speed/model.py), which is the original's."""
+        return {name: value for name, value in vars(self).items() if name != "forward"}
 
     def forward(
         self,

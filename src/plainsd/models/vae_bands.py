@@ -14,7 +14,8 @@ Inference only: maps are overwritten. Shape letters: B batch, C channels, H W he
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,6 @@ from plainsd.models.vae import Gaussian, SpatialAttention, VAELevel, VAEMiddle
 
 BAND = 2**15  # positions in a band: at 256 channels in float32, 32 MB a map
 QUERIES = 2**12  # queries of one attention call
-SEEN = 20  # rows of latents beyond a band that TAESD's convolutions see: 18.2 of them in decoding, 18.1 in encoding
 
 Run = Callable[[Tensor], Tensor]
 
@@ -89,6 +89,7 @@ def _moments(x: Tensor, width: int, eps: float) -> tuple[Tensor, Tensor]:
     count, channels, height, columns = x.shape
     unit = x.new_ones(channels, dtype=torch.float32)  # float32 weights: moments come in float32
     groups = channels // width
+    x = x.contiguous(memory_format=torch.channels_last if x.stride(1) == 1 else torch.contiguous_format)  # some of them
     return torch.native_group_norm(x, unit, 0 * unit, count, channels, height * columns, groups, eps)[1:]
 
 
@@ -132,7 +133,7 @@ def levels(through: nn.ModuleList, x: Tensor, resample: Callable[[nn.Module, Ten
 def decode_in_bands(vae: AnyVAE, latents: Tensor) -> Tensor:
     """VAE.decode in bands: latents (B, L, H/f, W/f) -> pixels (B, 3, H, W)."""
     if isinstance(vae, TinyVAE):
-        return by_bands(vae.decode, latents, halo=SEEN, up=vae.config.factor)
+        return by_bands(vae.decode, latents, halo=rows_seen(vae.config.decoder_blocks), up=vae.config.factor)
     decoder = vae.decoder
     x = middle(decoder.mid, decoder.conv_in(vae.post_quant(latents)))
     x = levels(decoder.levels, x, lambda upsample, x: by_bands(upsample, x, halo=1, up=2))
@@ -151,12 +152,19 @@ def encode_in_bands(vae: AnyVAE, pixels: Tensor) -> Gaussian:
     return vae.gaussian(encoder.conv_out(activated(encoder.norm, x)(x)))
 
 
+def rows_seen(blocks: Sequence[int]) -> int:
+    """Rows of latents beyond a band that TAESD's convolutions see, rounded up. `blocks`: of each level, the latents'
+    first; one has three convolutions, each level one more, and the last of them a second."""
+    levels = sum((3 * count + 1) / 2**level for level, count in enumerate(blocks))
+    return math.ceil(levels + 2 / 2 ** len(blocks)) + 1
+
+
 def tiny_encoded(vae: TinyVAE, pixels: Tensor) -> Gaussian:
     """TAESD's encoding, a band of latents at a time."""
-    factor, means = vae.config.factor, []
+    factor, halo, means = vae.config.factor, rows_seen(vae.config.encoder_blocks[::-1]), []
     for top, bottom in bands(pixels.shape[2] // factor, pixels.shape[3]):
-        first = max(top - SEEN, 0)
-        mean = vae.encode(pixels[:, :, factor * first : factor * (bottom + SEEN)]).mean
+        first = max(top - halo, 0)
+        mean = vae.encode(pixels[:, :, factor * first : factor * (bottom + halo)]).mean
         means.append(mean[:, :, top - first :][:, :, : bottom - top])
     mean = torch.cat(means, dim=2)
     return Gaussian(mean, torch.full_like(mean, CERTAIN))

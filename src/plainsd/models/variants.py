@@ -187,14 +187,20 @@ def edits(unet: UNetConfig, vae: AnyVAEConfig) -> bool:
     return unet.in_channels == 2 * vae.latent_channels
 
 
-def nearest(variant: Variant) -> Variant | None:
+def nearest(variant: Variant, scheduler: str) -> Variant | None:
     """The known model with the same networks and kind of schedule; of several, the one with the same prediction, then
-    the same spacing."""
+    the same spacing. Of what the Turbo models have alone, all must be there: other models have trailing spacing too.
+
+    `scheduler`: the class in the model's folder.
+    """
+    wanted = ("epsilon", TURBO["spacing"], TURBO["size"])
+    turbo = (variant.prediction, variant.spacing, variant.size) == wanted and scheduler.startswith("Euler")
     same = [
         known
         for known in VARIANTS.values()
         if (known.unet, known.text) == (variant.unet, variant.text)
         and isinstance(known.schedule, EDMSchedule) == isinstance(variant.schedule, EDMSchedule)
+        and (turbo or not known.name.endswith("-turbo"))
     ]
     agree = [(known.prediction == variant.prediction) * 2 + (known.spacing == variant.spacing) for known in same]
     return same[agree.index(max(agree))] if same else None

@@ -172,11 +172,9 @@ def inpaint_map(image: Image.Image, hole: Image.Image, control: Control) -> Tens
 
 def as_map(image: Image.Image, size: tuple[int, int], net: ControlNet | T2IAdapter) -> Tensor:
     """(1, 3 or 1, H, W), 0 to 1."""
-    image = to_rgb(image, background="black")
-    if isinstance(net, T2IAdapter):
-        image, multiple = image.convert("L" if net.config.hint_channels == 1 else "RGB"), net.config.factor
-    else:
-        multiple = max(PADDED_TO, net.control.factor)
+    own = net.config if isinstance(net, T2IAdapter) else net.control
+    multiple = own.factor if isinstance(net, T2IAdapter) else max(PADDED_TO, own.factor)
+    image = to_rgb(image, background="black").convert("L" if own.hint_channels == 1 else "RGB")
     if image.size != size:
         image = image.resize(size, Image.Resampling.LANCZOS)
     levels = np.array(image).reshape(*image.size[::-1], -1)

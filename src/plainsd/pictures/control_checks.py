@@ -108,6 +108,9 @@ def _check_maps(control: Control, which: str) -> None:
 
 def mismatch(net: ControlNet | T2IAdapter, sd: StableDiffusion) -> str | None:
     """Why the net cannot speak to this model's UNet; None: it can."""
+    channels = (net.config if isinstance(net, T2IAdapter) else net.control).hint_channels
+    if channels not in (1, 3):
+        return f"it reads maps of {channels} channels, and pictures have 1 or 3"
     if isinstance(net, T2IAdapter):
         return adapter_mismatch(net, sd)
     own, its = sd.unet.config, net.config

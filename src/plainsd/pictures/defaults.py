@@ -196,13 +196,10 @@ def settings_of_each(
     if not prompts or len(prompts) != len(negatives):
         counts = f"{len(prompts)} prompts and {len(negatives)} negative prompts"
         raise UserError(f"{counts}; give at least one, and as many of both", field="negative")
-    again = [text for text in (settings.hires_prompt, settings.hires_negative) if text]
-    for text in (*prompts, *negatives, *again):
-        if loras := tagged_loras(text)[1]:
-            raise UserError(
-                f"<lora:{loras[0][0]}> in the prompt: take the tag out, and load the LoRA with the model",
-                field="prompt",
-            )
+    again = {name: [getattr(settings, name) or ""] for name in ("hires_prompt", "hires_negative")}
+    for name, texts in {"prompt": prompts, "negative": negatives, **again}.items():
+        for text in texts:
+            check_untagged(name, text)
     settings.check_count(len(prompts) * count)
     if settings.counted == "batch_index" and settings.batch_size is None:
         settings = replace(settings, batch_size=settings.batch_index + len(prompts) * count)
@@ -212,6 +209,19 @@ def settings_of_each(
         seed: dict[str, Any] = {settings.counted: getattr(settings, settings.counted) + i}
         each.append(replace(settings, prompt=p, negative=n, **seed))
     return each
+
+
+def check_untagged(field: str, text: str) -> None:
+    """UserError for a LoRA's tag in a text that is drawn as it is."""
+    try:
+        loras = tagged_loras(text)[1]
+    except UserError as error:  # a tag that cannot be read
+        raise UserError(str(error), field=field) from None
+    if loras:
+        which = field.replace("_", " ").replace("negative", "negative prompt")
+        raise UserError(
+            f"<lora:{loras[0].name}> in the {which}: take the tag out, and load the LoRA with the model", field=field
+        )
 
 
 def size_multiple(vae: AnyVAEConfig) -> int:

@@ -13,8 +13,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from plainsd.device import can_pack
 from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
+from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
+from plainsd.models.forms import make_plain, quantized
 from plainsd.models.tiny_vae import AnyVAE
 from plainsd.models.unet import UNet
 from plainsd.models.variants import Variant, encoder_names
@@ -57,11 +60,11 @@ MAKING = threading.Lock()
 
 
 @contextmanager
-def alone(sd: StableDiffusion) -> Iterator[None]:
-    """Keeps other threads from a model's networks, which may be those of several models: tiling, perturbed guidance and
-    offloading change them for the time of a call."""
+def alone(sd: StableDiffusion, others: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """Keeps other threads from a model's networks and from `others`, all of which several models may share: tiling,
+    perturbed guidance and offloading change them for the time of a call."""
     models = [sd] if sd.refiner is None else [sd, sd.refiner]
-    networks = {network for one in models for network in (*one.text_encoders, one.unet, one.vae)}
+    networks = {network for one in models for network in (*one.text_encoders, one.unet, one.vae)} | {*others}
     with ExitStack() as held:
         for network in sorted(networks, key=id):  # in one order, so that no two threads wait for each other
             with MAKING:
@@ -97,9 +100,16 @@ class StableDiffusion:
         return next(self.unet.parameters()).dtype
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> StableDiffusion:
-        """Moves and casts the networks in place; returns itself."""
+        """Moves and casts the networks in place; returns itself. What `faster` packed is plain afterwards where nothing
+        is packed: on another device than a CPU, and in a dtype that oneDNN does not have here."""
+        if dtype not in (None, self.dtype) and quantized(self.unet):
+            raise UserError(f"the model's weights are in 8 bits and cannot be cast to {dtype}; load it in that")
+        target = torch.device(self.device if device is None else device)
+        stays = target.type == "cpu" and (dtype is None or can_pack(dtype))
         network: nn.Module
         for network in (*self.text_encoders, self.unet, self.vae):
+            if not stays:
+                make_plain(network)
             network.to(device=device, dtype=dtype)
         if self.refiner is not None:
             self.refiner.to(device, dtype)

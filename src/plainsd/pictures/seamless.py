@@ -1,4 +1,5 @@
-"""Seamlessly tiling pictures: every convolution pads circularly.
+"""Seamlessly tiling pictures: convolutions pad circularly. Halvings of the VAE's encoder do not, as in A1111: they pad
+two sides alone.
 
 A1111's "Tiling". The networks' padding is changed for the duration of a call only, so that other pictures of the same
 model stay the same.

@@ -19,7 +19,7 @@ from plainsd.checkpoint import load, save
 from plainsd.files.stored import parts
 from plainsd.models.variants import VARIANTS
 from plainsd.pictures.model import StableDiffusion, assemble
-from plainsd.speed.model import compiler_options, faster
+from plainsd.speed.model import compiler_options, faster, frozen_weights
 from plainsd.text.tokenizer import Tokenizer, find_vocabulary
 
 PROMPT = "a red apple on a blue background"
@@ -112,7 +112,14 @@ def diffusers_pipeline(place: Workbench, folder: Path | None = None):
 def theirs_compiled(place: Workbench):
     """diffusers' pipeline with its UNet compiled, as ours is by speed.compile_unet."""
     pipe = diffusers_pipeline(place)
-    pipe.unet = torch.compile(pipe.unet, dynamic=False, fullgraph=True, options=compiler_options(place.device))
+    options = compiler_options(place.device)
+    compiled = torch.compile(pipe.unet.forward, dynamic=False, fullgraph=True, options=options)
+
+    def forward(*args: Any, **named: Any) -> Any:
+        with frozen_weights(place.device):
+            return compiled(*args, **named)
+
+    pipe.unet.forward = forward
     return pipe
 
 

@@ -1,7 +1,8 @@
-"""The LoRAs of the server's folder, by their names in a `<lora:name:1>` tag."""
+"""The LoRAs of the server's folder, by their names in a `<lora:name:1>` tag: the files' names, or the trainers'."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,27 +25,44 @@ class Loras:
         self.unusable: dict[str, str] = {}  # files that were skipped, and why, as of the last scan
 
     def known(self) -> dict[str, Path]:
+        return {name: path for name, (path, _) in self.scanned().items()}
+
+    def aliases(self) -> dict[str, str]:
+        """What A1111 calls them by default: by their trainers' names, where these tell one from all others."""
+        found = self.scanned()
+        count = Counter(alias for _, alias in found.values())
+        clear = {alias for alias in count if count[alias] == 1 and alias not in found and can_be_written(alias)}
+        return {name: alias if alias in clear else name for name, (_, alias) in found.items()}
+
+    def scanned(self) -> dict[str, tuple[Path, str]]:
+        """The files by name, with their trainers' names for them."""
         unusable: dict[str, str] = {}
-        files = {name: path for name, (path, _) in readable_files(has_adapter, self.folder, unusable).items()}
-        written = {name for name in files if tagged_loras(f"<lora:{name}:1>") == ("", [LoraTag(name)])}
-        unusable |= dict.fromkeys(files.keys() - written, "its name cannot be written in a prompt; rename it")
+        files = readable_files(alias_of_adapter, self.folder, unusable)
+        unwritten = [name for name in files if not can_be_written(name)]
+        unusable |= dict.fromkeys(unwritten, "its name cannot be written in a prompt; rename it")
         self.unusable = unusable
-        return {name: path for name, path in files.items() if name in written}
+        return {name: found for name, found in files.items() if name not in unwritten}
 
     def path(self, name: str) -> Path:
-        known = self.known()
-        if name in known:
-            return known[name]
+        found = self.scanned()
+        if name in found:
+            return found[name][0]
         if name in self.unusable:
             raise UserError(f"loras: {name!r} cannot be used: {self.unusable[name]}", field="loras")
+        called = {own: path for own, (path, alias) in found.items() if alias == name}
+        if len(called) == 1:
+            return next(iter(called.values()))
+        if called:
+            what = f"loras: {len(called)} LoRAs are called {name!r}"
+            raise UserError(f"{what}; name one by its file: {', '.join(called)}", field="loras", most=WITH_CHOICES)
         if self.folder is None:
             raise UserError(f"loras: there is no LoRA {name!r}; start the server with --loras FOLDER", field="loras")
-        if not known:
+        if not found:
             raise UserError(
                 f"loras: there is no LoRA {name!r}; put .safetensors files into the folder of --loras",
                 field="loras",
             )
-        raise UserError(f"loras: {unknown('LoRA', name, known)}", field="loras", most=WITH_CHOICES)
+        raise UserError(f"loras: {unknown('LoRA', name, found)}", field="loras", most=WITH_CHOICES)
 
     def check(self, bare: StableDiffusion, wanted: NamedLoras) -> None:
         """UserError if one is missing or does not fit the model, which needs no weights."""
@@ -62,6 +80,15 @@ class Loras:
                 raise UserError(f"loras: {str(error).replace(str(path), name)}", field="loras") from None
 
 
-def has_adapter(path: Path) -> bool:
-    """Whether a file holds a LoRA; UserError if not. The file is not kept open."""
-    return bool(open_lora(path).tensors)
+def can_be_written(name: str) -> bool:
+    """Whether a tag of this name is read as one."""
+    try:
+        return tagged_loras(f"<lora:{name}:1>") == ("", [LoraTag(name)])
+    except UserError:  # a colon parts it
+        return False
+
+
+def alias_of_adapter(path: Path) -> str:
+    """The name that the trainer of a LoRA gave it, or else that of the file; UserError if it is none. The file is not
+    kept open."""
+    return open_lora(path).metadata.get("ss_output_name") or path.stem

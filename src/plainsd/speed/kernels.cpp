@@ -14,10 +14,13 @@
 #include <immintrin.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <limits>
+#include <new>
 #include <type_traits>
 #include <vector>
 
@@ -36,6 +39,33 @@ constexpr long COLUMNS = 8 * GROUP;         // keys in a block
 constexpr long MUCH = 1 << 20;              // multiplications from which on a second thread pays
 
 constexpr long up(long n, long step) { return (n + step - 1) / step * step; }
+
+// work(i) for each i below count, in so many threads, which no exception may leave: std::bad_alloc after them, where one of
+// them had no memory.
+template <class Work>
+void in_threads(long count, long threads, Work work) {
+    std::atomic<bool> failed{false};
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+    for (long i = 0; i < count; i++) {
+        try {
+            if (!failed) work(i);
+        } catch (const std::exception&) {
+            failed = true;
+        }
+    }
+    if (failed) throw std::bad_alloc();
+}
+
+// 0, or 1 where there was no memory for it: what is called from Python throws nothing.
+template <class Work>
+int status_of(Work work) {
+    try {
+        work();
+    } catch (const std::exception&) {
+        return 1;
+    }
+    return 0;
+}
 
 // acc + unit * vector, lane by lane.
 template <bool pairs>
@@ -314,8 +344,7 @@ struct Attention {
         const bool much = all * n * m * d >= MUCH / 8;
 #pragma omp parallel for schedule(dynamic) num_threads(threads) if (much)
         for (long i = 0; i < all; i++) pack(i);
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (much)
-        for (long i = 0; i < all * blocks; i++) block(i / blocks, i % blocks * ROWS);
+        in_threads(all * blocks, much ? threads : 1, [&](long i) { block(i / blocks, i % blocks * ROWS); });
     }
 };
 
@@ -422,8 +451,8 @@ struct AttentionBack {
     }
 
     void run(long batch, long threads) const {
-#pragma omp parallel for schedule(dynamic) num_threads(threads) if (batch * heads * n * m * d >= MUCH / 8)
-        for (long i = 0; i < batch * heads; i++) head(i);
+        const bool much = batch * heads * n * m * d >= MUCH / 8;
+        in_threads(batch * heads, much ? threads : 1, [&](long i) { head(i); });
     }
 };
 
@@ -739,7 +768,7 @@ struct Geglu {
 
 }  // namespace
 
-// ---- called from Python. bits: 32 (float32) or 16 (bfloat16).
+// ---- called from Python. bits: 32 (float32) or 16 (bfloat16). Those that return a status need memory: see `status_of`.
 
 // 1 if the compiler knew the processor's bfloat16 instructions; without them, nothing here is for 16 bits.
 extern "C" int knows_bfloat16() {
@@ -760,28 +789,27 @@ extern "C" int knows_amx() {
 }
 
 // strides: batch, head and row of q, k, v and out. kept (batch, heads, n) or null takes what attend_back needs.
-extern "C" void attend(int bits, [[maybe_unused]] int amx, char* q, char* k, char* v, char* out, float* kept,
-                       const long* strides, long batch, long heads, long n, long m, long d, double scale, long threads) {
+extern "C" int attend(int bits, [[maybe_unused]] int amx, char* q, char* k, char* v, char* out, float* kept,
+                      const long* strides, long batch, long heads, long n, long m, long d, double scale, long threads) {
     const auto view = [&](char* data, int i) { return View{data, strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
-    const auto run = [&](auto work) { work.run(batch, threads); };
+    const auto run = [&](auto work) { return status_of([&] { work.run(batch, threads); }); };
     const float in_base_2 = (float)(scale * 1.4426950408889634);
     if (bits == 32)
-        run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+        return run(Attention<false>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
 #ifdef HAS_AMX
-    else if (amx)
-        run(Attention<true, true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+    if (amx)
+        return run(Attention<true, true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
 #endif
-    else
-        run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
+    return run(Attention<true>{view(q, 0), view(k, 1), view(v, 2), view(out, 3), kept, heads, n, m, d, in_base_2});
 }
 
 // bfloat16 only. data and strides: of q, k, v, out, dout, dq, dk and dv.
-extern "C" void attend_back(char* const* data, const long* strides, const float* kept, long batch, long heads, long n, long m,
-                            long d, double scale, long threads) {
+extern "C" int attend_back(char* const* data, const long* strides, const float* kept, long batch, long heads, long n, long m,
+                           long d, double scale, long threads) {
     const auto view = [&](int i) { return View{data[i], strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]}; };
-    AttentionBack{view(0), view(1), view(2), view(3), view(4), view(5), view(6), view(7), kept, heads, n, m, d,
-                  (float)(scale * 1.4426950408889634), (float)scale}
-        .run(batch, threads);
+    const AttentionBack work{view(0), view(1), view(2), view(3), view(4), view(5), view(6), view(7), kept, heads, n, m, d,
+                             (float)(scale * 1.4426950408889634), (float)scale};
+    return status_of([&] { work.run(batch, threads); });
 }
 
 // w (n, k) -> packed [k units][n filled up to a multiple of 16], which is zero before.
@@ -807,23 +835,24 @@ extern "C" void layer_norm(int bits, const char* x, const float* weight, const f
         LayerNorm<true>{x, weight, bias, out, rows, k, (float)eps}.run(threads);
 }
 
-extern "C" void norm_silu(int bits, const char* x, const float* weight, const float* bias, const char* shift, char* out,
-                          float* kept, long batch, long positions, long channels, long groups, double eps, int silu,
-                          long threads) {
+extern "C" int norm_silu(int bits, const char* x, const float* weight, const float* bias, const char* shift, char* out,
+                         float* kept, long batch, long positions, long channels, long groups, double eps, int silu,
+                         long threads) {
+    const auto run = [&](auto work) { return status_of([&] { work.run(threads); }); };
     if (bits == 32)
-        NormSilu<false>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0}.run(threads);
-    else
-        NormSilu<true>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0}.run(threads);
+        return run(NormSilu<false>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0});
+    return run(NormSilu<true>{x, weight, bias, shift, out, kept, batch, positions, channels, groups, eps, silu != 0});
 }
 
-extern "C" void norm_silu_back(int bits, const char* x, const char* dy, const float* weight, const float* bias,
-                               const float* kept, char* dx, float* dweight, float* dbias, long batch, long positions,
-                               long channels, long groups, int silu, long threads) {
-    const auto run = [&](auto work) { work.run(threads); };
+extern "C" int norm_silu_back(int bits, const char* x, const char* dy, const float* weight, const float* bias,
+                              const float* kept, char* dx, float* dweight, float* dbias, long batch, long positions,
+                              long channels, long groups, int silu, long threads) {
+    const auto run = [&](auto work) { return status_of([&] { work.run(threads); }); };
     if (bits == 32)
-        run(NormSiluBack<false>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups, silu != 0});
-    else
-        run(NormSiluBack<true>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups, silu != 0});
+        return run(NormSiluBack<false>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups,
+                                       silu != 0});
+    return run(NormSiluBack<true>{x, dy, weight, bias, kept, dx, dweight, dbias, batch, positions, channels, groups,
+                                  silu != 0});
 }
 
 // dy null: forward, out (rows, d). Otherwise backward, out (rows, 2 d).

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from plainsd.device import made_by_intel
 from plainsd.disk import first_time
 from plainsd.models.unet import geglu
-from plainsd.speed.building import Unavailable, compiler_path, is_compiled, library
+from plainsd.speed.building import Unavailable, compiler_command, is_compiled, library
 
 MIN_TRAINING_SIZE = 2**16  # queries times keys from which attention in training beats PyTorch's
 BITS = {torch.float32: 32, torch.bfloat16: 16}
@@ -61,7 +61,7 @@ def have_kernels(dtype: torch.dtype) -> bool:
             return False
         if dtype == torch.bfloat16 and not library().knows_bfloat16():
             raise Unavailable(
-                f"{compiler_path()} does not know this processor's bfloat16 instructions; a newer one does"
+                f"{' '.join(compiler_command())} does not know this processor's bfloat16 instructions; a newer one does"
             )
         return bool(library())
     except Unavailable as error:
@@ -97,7 +97,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
 
         @functools.wraps(run)
         def call(*arguments: Any) -> Any:
-            return (traced if is_traced(arguments[0]) else run)(*arguments)
+            if is_traced(arguments[0]):
+                return traced(*arguments)
+            if torch.is_grad_enabled():
+                check_no_gradients(*arguments)
+            return run(*arguments)
 
         return call
 
@@ -108,6 +112,31 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
 
 
+def check_no_gradients(*arguments: Any) -> None:
+    """RuntimeError where a gradient is asked for: a kernel would give none, without a word."""
+    if torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments):
+        raise RuntimeError("a packed model has no gradients; call plainsd.speed.plain_again first")
+
+
+# What a kernel reads is checked, in shape, precision and place: it would read what lies beside.
+
+
+def bits_of(x: Tensor) -> int:
+    """Of its numbers. RuntimeError for those that no kernel reads."""
+    if (bits := BITS.get(x.dtype)) is None or not x.is_cpu:
+        raise RuntimeError(f"the kernels do not work in {x.dtype} on {x.device.type}")
+    return bits
+
+
+def fitting(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+    """The tensor, contiguous. RuntimeError if it has another dtype or shape, or is not on a CPU."""
+    if x.dtype != dtype or x.shape != shape or not x.is_cpu:
+        raise RuntimeError(
+            f"the kernel needs {shape} in {dtype}, and has {tuple(x.shape)} in {x.dtype} on {x.device.type}"
+        )
+    return x.contiguous()
+
+
 # ---- attention
 
 
@@ -116,13 +145,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tenso
     -> (B, heads, N, d).
 
     Falls back to PyTorch's where that is faster (`pays`), and for what the kernel does not support: other dtypes and
-    devices, odd d in bfloat16, is_causal, gradients.
+    devices, tensors that do not `belong` together, odd d in bfloat16, is_causal, gradients.
     """
     (_, heads, n, d), m = q.shape, k.shape[2]
-    fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal
+    fits = q.is_cpu and q.dtype in BITS and d * BITS[q.dtype] % 32 == 0 and not is_causal and belong(q, k, v)
     if not fits or not pays(q.dtype, heads, n, m, d) or q.requires_grad or k.requires_grad or v.requires_grad:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return _attention(q, k, v)
+
+
+def belong(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether these are of one dtype and device, and nothing is broadcast."""
+    if not q.dtype == k.dtype == v.dtype or not q.device == k.device == v.device:
+        return False
+    return k.shape == v.shape == (*q.shape[:2], k.shape[2], q.shape[3])
 
 
 def pays(dtype: torch.dtype, heads: int, n: int, m: int, d: int) -> bool:
@@ -164,7 +200,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, kept: Tensor | None) -> Tensor:
     (batch, heads, n, d), m, out = q.shape, k.shape[2], _empty(q)
     tensors = [*map(_as_rows, (q, k, v)), out]
     library().attend(
-        BITS[q.dtype],
+        bits_of(q),
         attend_by_amx(),
         *map(_pointer, tensors),
         _pointer(kept),
@@ -243,14 +279,16 @@ def linear(
     lambda x, packed, n, bias, after, other: x.new_empty(*x.shape[:-1], n),
 )
 def _linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str, other: Tensor | None) -> Tensor:
-    x, k = x.contiguous(), x.shape[-1]
-    if len(packed) * 32 != k * BITS.get(x.dtype, 0):  # the kernel would read what lies beside the weight
+    x, k, (units, room) = x.contiguous(), x.shape[-1], packed.shape
+    if units * 32 != k * BITS.get(x.dtype, 0) or room < n:
         raise RuntimeError(f"an input of width {k} in {x.dtype} does not fit the packed weight")
     out = x.new_empty(*x.shape[:-1], n)
+    if bias is not None:
+        bias = fitting(bias, x.dtype, n)
     if other is not None:
-        other = other.contiguous()
+        other = fitting(other, x.dtype, *out.shape)
     library().linear(
-        BITS[x.dtype],
+        bits_of(x),
         x.data_ptr(),
         packed.data_ptr(),
         _pointer(bias),
@@ -277,8 +315,9 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out, k = _filled(x), x.shape[-1]
+    weight, bias = fitting(weight, torch.float32, k), fitting(bias, torch.float32, k)
     library().layer_norm(
-        BITS[x.dtype],
+        bits_of(x),
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
@@ -301,6 +340,7 @@ def fused_norm_silu(norm: nn.GroupNorm, x: Tensor, shift: Tensor | None = None, 
     channels last."""
     weight, bias = norm.weight.float(), norm.bias.float()
     if over and not is_traced(x):
+        check_no_gradients(x, weight, bias, shift)
         x = _channels_last(x)
         return _norm(x, weight, bias, norm.num_groups, norm.eps, True, shift, x)
     return _norm_silu(x, weight, bias, norm.num_groups, norm.eps, True, shift)
@@ -328,19 +368,21 @@ def _norm(
     out: Tensor,
     kept: Tensor | None = None,
 ) -> Tensor:
+    batch, channels, height, width = x.shape
+    weight, bias = fitting(weight, torch.float32, channels), fitting(bias, torch.float32, channels)
     if shift is not None:
-        shift = shift.contiguous()
+        shift = fitting(shift, x.dtype, batch, channels)
     library().norm_silu(
-        BITS[x.dtype],
+        bits_of(x),
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),
         _pointer(shift),
         out.data_ptr(),
         _pointer(kept),
-        len(x),
-        x.shape[2] * x.shape[3],
-        x.shape[1],
+        batch,
+        height * width,
+        channels,
         groups,
         eps,
         silu,
@@ -392,10 +434,11 @@ def _norm_silu_back(
     x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, kept: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = _channels_last(x), _channels_last(dy.to(x.dtype))
+    weight, bias = (fitting(part, torch.float32, x.shape[1]) for part in (weight, bias))
     dx, dweight, dbias = _map(x), _filled(weight), _filled(bias)
     pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
     library().norm_silu_back(
-        BITS[x.dtype], *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], groups, silu, torch.get_num_threads()
+        bits_of(x), *pointers, len(x), x.shape[2] * x.shape[3], x.shape[1], groups, silu, torch.get_num_threads()
     )
     return dx, dweight, dbias
 
@@ -430,7 +473,7 @@ def _geglu_back(x: Tensor, dy: Tensor) -> Tensor:
 def _gated(x: Tensor, dy: Tensor | None, out: Tensor) -> Tensor:
     d = x.shape[-1] // 2
     library().geglu(
-        BITS[x.dtype], x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
+        bits_of(x), x.data_ptr(), _pointer(dy), out.data_ptr(), x.numel() // (2 * d), d, torch.get_num_threads()
     )
     return out
 
@@ -460,7 +503,7 @@ def trained_norm(norm: nn.GroupNorm, x: Tensor, silu: bool = False) -> Tensor:
 
 def trained_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; see `attention`."""
-    fits = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0 and not is_causal
+    fits = q.is_cpu and q.dtype == torch.bfloat16 and q.shape[3] % 2 == 0 and not is_causal and belong(q, k, v)
     if not fits or q.shape[2] * k.shape[2] < MIN_TRAINING_SIZE:
         return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal)
     return _Attend.apply(q, k, v)
@@ -471,4 +514,4 @@ trained_norm_silu = functools.partial(trained_norm, silu=True)
 
 def trained_geglu(x: Tensor) -> Tensor:
     """value * GELU(gate) of values and gates side by side: (..., 2 D) -> (..., D)."""
-    return _Geglu.apply(x) if x.dtype in BITS and x.is_cpu else geglu(x)
+    return _Geglu.apply(x) if x.dtype in BITS and x.is_cpu and x.shape[-1] % 2 == 0 else geglu(x)

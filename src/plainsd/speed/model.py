@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from plainsd.device import check_can_compile
+from plainsd.device import can_pack, check_can_compile
 from plainsd.errors import UserError
 from plainsd.models import forms
 from plainsd.models.layers import Attention
@@ -40,19 +41,27 @@ def faster(
 ) -> StableDiffusion:
     """Speeds the model up in place, with what pays on its device. `compiled`: torch.compile too. `tell` is called with
     a line before anything is compiled: the kernels, once on a machine, and the UNet; and then with the time it took."""
+    if compiled:
+        check_can_compile(sd.device, "--compile")  # before anything is changed
     if sd.refiner is not None:
         faster(sd.refiner, compiled=compiled, tell=tell)
-    for network in networks_of(sd):
-        channels_last(network)
-    if sd.device.type == "cpu":
-        if kernels.to_be_compiled(sd.dtype):
-            tell("compiling the kernels for this processor; takes some seconds, the first time only")
-        attend_faster(sd)
-        if can_pack(sd.dtype):
-            pack(sd, unet=not compiled)
+    with as_loaded(sd):
+        for network in networks_of(sd):
+            channels_last(network)
+        if sd.device.type == "cpu":
+            if kernels.to_be_compiled(sd.dtype):
+                tell("compiling the kernels for this processor; takes some seconds, the first time only")
+            attend_faster(sd)
+            if can_pack(sd.dtype):
+                pack(sd, unet=not compiled)
     if compiled:
         compile_unet(sd, tell)
     return sd
+
+
+def as_loaded(sd: StableDiffusion) -> AbstractContextManager[Any]:
+    """Inference mode if the weights were made in it, and else not: what is packed in it could not be trained again."""
+    return torch.inference_mode(next(sd.unet.parameters()).is_inference())
 
 
 def networks_of(sd: StableDiffusion) -> list[nn.Module]:
@@ -69,19 +78,12 @@ def channels_last(network: nn.Module) -> None:
 # ---- packed weights
 
 
-def can_pack(dtype: torch.dtype) -> bool:
-    """Whether oneDNN is available and supports this dtype on this processor; bfloat16 needs AVX-512 or
-    AVX-NE-CONVERT."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def plain_again(sd: StableDiffusion) -> None:
-    """Gives a packed model its plain layers back, with the same numbers and weights channels last, to train it or to
-    give it adapters; then `faster` again."""
+    """Gives a packed or compiled model its plain layers back, with the same numbers and weights channels last, to train
+    it or to give it adapters; then `faster` again."""
     for model in (sd, sd.refiner):
         for network in networks_of(model) if model is not None else []:
+            network.__dict__.pop("forward", None)  # a compiled one
             forms.make_plain(network)
             channels_last(network)
             for module in network.modules():
@@ -163,32 +165,36 @@ JOINS = {"residuals": "ControlNets", "features": "T2I-Adapters", "beside": "imag
 
 
 def compile_unet(sd: StableDiffusion, tell: Callable[[str], None]) -> None:
-    """Compiles the UNet for each set of input shapes: on a GPU with CUDA graphs, on a CPU with frozen weights. What
-    joins it (ControlNets, T2I-Adapters, image prompts) are inputs too; its absence is a set of its own.
+    """Compiles the UNet for each set of input shapes: on a GPU with CUDA graphs, on a CPU with its weights, which are
+    laid out once and must not change afterwards. What joins it (ControlNets, T2I-Adapters, image prompts) are inputs
+    too; its absence is a set of its own.
 
     The first step of each takes a minute or two; later processes reuse most of it from torch's cache. UserError without
     a compiler.
     """
     check_can_compile(sd.device, "--compile")
     met = set()
+    sd.unet.__dict__.pop("forward", None)  # compiled before
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     compiled = torch.compile(sd.unet.forward, dynamic=False, options=compiler_options(sd.device))
 
     def forward(x: Tensor, timestep: Tensor | float, context: Tensor, *rest: Any, **named: Any) -> Tensor:
         if not isinstance(timestep, Tensor):  # a float would be a constant, recompiled at each step
             timestep = x.new_full((), timestep, dtype=torch.float32)
-        shapes, began = shapes_of([x, context, *rest, *named.items()]), time.perf_counter()
-        if new := shapes not in met:
+        shapes, began = shapes_of([x, timestep, context, *rest, *named.items()]), time.perf_counter()
+        kind = (shapes, x.dtype, sd.unet.conv_in.padding_mode)  # that of a tiling picture is another
+        if new := kind not in met:
             joined = " and ".join(words for name, words in JOINS.items() if named.get(name) is not None)
             tell(
                 f"compiling the UNet for {len(x)} rows of {x.shape[3]}x{x.shape[2]} latents"
                 f"{joined and ' with '}{joined}; the first time takes minutes"
             )
-        out = compiled(x, timestep, context, *rest, **named)
+        with frozen_weights(sd.device):
+            out = compiled(x, timestep, context, *rest, **named)
         if sd.device.type == "cuda":  # a CUDA graph's output is overwritten when it runs again
             out = out.clone()
         if new:
-            met.add(shapes)
+            met.add(kind)
             tell(f"compiled in {time.perf_counter() - began:.0f} s")
         return out
 
@@ -204,4 +210,10 @@ def shapes_of(value: Any) -> Any:
 
 def compiler_options(device: torch.device) -> dict[str, bool]:
     """Of torch.compile."""
-    return {"triton.cudagraphs": True} if device.type == "cuda" else {"freezing": True}
+    return {"triton.cudagraphs": True} if device.type == "cuda" else {}
+
+
+def frozen_weights(device: torch.device) -> AbstractContextManager[Any]:
+    """In which a first call on a CPU compiles weights in. As an option of torch.compile it has no effect (2.13):
+    Dynamo, which traces before the options count, asks the setting itself."""
+    return nullcontext() if device.type == "cuda" else torch._inductor.config.patch(freezing=True)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from plainsd.models.forms import OtherForm, plain_of, refilled
+from plainsd.models.forms import OtherForm, in_form, plain_of, refilled
 from plainsd.models.layers import Attention, Beside, ResBlock, Upsample, found_beside
 from plainsd.models.unet import FeedForward
 from plainsd.speed import kernels
@@ -22,24 +22,32 @@ SMALL, SHORT = 2**18, 2**23  # elements of a weight, and multiplications, up to 
 
 
 def pack_inside(module: nn.Module) -> None:
-    """Replaces the plain layers inside by packed ones, except those with a LoRA, or with weights in 8 bits."""
+    """Replaces the plain layers inside by packed ones, except those with a LoRA, with weights in 8 bits, or with hooks,
+    which see a plain layer's call."""
     for name, child in module.named_children():
-        if type(child) is ResBlock and fuses(child):
-            setattr(module, name, PackedResBlock(child))
+        if hooked(child):
+            pack_inside(child)
+        elif type(child) is ResBlock and fuses(child):
+            setattr(module, name, in_form(PackedResBlock, child))
         elif type(child) is FeedForward and is_linear(child.up) and is_linear(child.down):
-            setattr(module, name, PackedFeedForward(child))
+            setattr(module, name, in_form(PackedFeedForward, child))
         elif type(child) is Upsample and type(child.conv) is nn.Conv2d:
-            setattr(module, name, PackedUpsample(child))
+            setattr(module, name, in_form(PackedUpsample, child))
         elif name in PACKED and type(child) is Attention and all(map(is_linear, child.children())):
-            setattr(module, name, PACKED[name](child))
+            setattr(module, name, in_form(PACKED[name], child))
         elif is_linear(child):
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, in_form(PackedLinear, child))
         elif type(child) is nn.Conv2d:
-            setattr(module, name, PackedPoint(child) if is_point(child) else PackedConv(child))
+            setattr(module, name, in_form(PackedPoint if is_point(child) else PackedConv, child))
         elif type(child) in NORMS and have_kernels(child.weight.dtype):
-            setattr(module, name, NORMS[type(child)](child))
+            setattr(module, name, in_form(NORMS[type(child)], child))
         else:
             pack_inside(child)
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether it, or a layer inside, has hooks."""
+    return any(one._forward_hooks or one._forward_pre_hooks for one in layer.modules())
 
 
 def fuses(block: ResBlock) -> bool:
@@ -63,22 +71,23 @@ class PackedLinear(OtherForm):
         weight = plain.weight.detach()
         self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
         self.n, k = weight.shape
-        self.weight, self.laid_out = weight, False
+        self.held = (weight, False)  # and whether oneDNN laid it out; together: another thread may use the layer
         small = weight.numel() <= SMALL and k % 2 == 0 and have_kernels(weight.dtype)
         self.small = kernels.packed_weight(weight) if small else None
         if not small:
             self.packed()
 
     def plain(self) -> nn.Linear:
-        weight = self.weight.to_dense() if self.laid_out else self.weight
-        return refilled(self.form[0], {"weight": weight, "bias": self.bias})
+        weight, laid_out = self.held
+        return refilled(self.form[0], {"weight": weight.to_dense() if laid_out else weight, "bias": self.bias})
 
     def packed(self) -> Tensor:
         """The weight for oneDNN."""
-        if not self.laid_out:  # a graph cannot ask the tensor
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), None)
-            self.laid_out = True
-        return self.weight
+        weight, laid_out = self.held
+        if not laid_out:  # a graph cannot ask the tensor
+            weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+            self.held = (weight, True)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.short(x):
@@ -100,6 +109,7 @@ class PackedLinear(OtherForm):
         return torch.ops.mkldnn._linear_pointwise.binary(x, other, self.packed(), self.bias, "mul")
 
     def short(self, x: Tensor) -> bool:
+        kernels.check_no_gradients(x)  # oneDNN's own operators would give none either
         return self.small is not None and x.numel() * self.n <= SHORT
 
 
@@ -114,26 +124,29 @@ class PackedConv(OtherForm):
         self.form, self.bias = (refilled(plain, {}),), own_bias(plain)
         self.padding, self.padding_mode = list(plain.padding), plain.padding_mode
         self.moves = (list(plain.stride), list(plain.dilation), plain.groups)
-        self.weight = plain.weight.detach()
-        self.suits: tuple[int, ...] | None = None  # height, width and padding of maps that the layout is for
+        # the weight, and height, width and padding of the maps that its layout is for; together, as above
+        self.held: tuple[Tensor, tuple[int, ...] | None] = (plain.weight.detach(), None)
 
     def plain(self) -> nn.Conv2d:
-        weight = self.weight if self.suits is None else self.weight.to_dense()
+        weight, suits = self.held
+        weight = weight if suits is None else weight.to_dense()
         plain = refilled(self.form[0], {"weight": weight, "bias": self.bias})
         plain.padding_mode = self.padding_mode
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
+        kernels.check_no_gradients(x)
         padding = self.padding
         if self.padding_mode != "zeros":
             (rows, columns), padding = self.padding, [0, 0]
             x = F.pad(x, (columns, columns, rows, rows), mode=self.padding_mode)
         x = x.contiguous(memory_format=torch.channels_last)
-        if self.suits != (*x.shape[2:], *padding):
-            plain = self.weight if self.suits is None else self.weight.to_dense()
-            self.weight = torch.ops.mkldnn._reorder_convolution_weight(plain, padding, *self.moves, list(x.shape))
-            self.suits = (*x.shape[2:], *padding)
-        return torch.ops.mkldnn._convolution_pointwise(x, self.weight, self.bias, padding, *self.moves, "none", [], "")
+        weight, suits = self.held
+        if suits != (*x.shape[2:], *padding):
+            plain = weight if suits is None else weight.to_dense()
+            weight = torch.ops.mkldnn._reorder_convolution_weight(plain, padding, *self.moves, list(x.shape))
+            self.held = (weight, (*x.shape[2:], *padding))
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, padding, *self.moves, "none", [], "")
 
 
 def is_point(conv: nn.Conv2d) -> bool:
@@ -285,11 +298,11 @@ def linears(layer: nn.Linear, parts: int) -> list[nn.Linear]:
 
 
 def linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A Linear with these weights; none are drawn for it."""
+    """A Linear with these weights, without gradients; none are drawn for it."""
     layer = nn.Linear.__new__(nn.Linear)
     nn.Module.__init__(layer)
-    (layer.out_features, layer.in_features), layer.weight = weight.shape, nn.Parameter(weight.detach())
-    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
+    (layer.out_features, layer.in_features), layer.weight = weight.shape, nn.Parameter(weight.detach(), False)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), False))
     return layer
 
 

@@ -133,8 +133,9 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/loras")
     def loras() -> list:
+        aliases = service.models.loras.aliases()
         return [
-            {"name": name, "alias": name, "path": path.name, "metadata": {}}
+            {"name": name, "alias": aliases.get(name, name), "path": path.name, "metadata": {}}
             for name, path in service.models.loras.known().items()
         ]
 
