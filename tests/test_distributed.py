@@ -6,6 +6,8 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,11 +23,12 @@ from plainsd.train.checkpoints import checkpoints
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
 from plainsd.train.data.pictures import read_pictures
+from plainsd.train.job import TrainJob
 from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
 from plainsd.train.objective import NoisyLatents
-from plainsd.train.options import FitOptions
+from plainsd.train.options import FitOptions, Telling, TrainOptions, with_defaults, with_loss_defaults
 from plainsd.train.processes import World
 from plainsd.train.trainer import Trainer
 
@@ -45,6 +48,23 @@ def test_a_step_that_cannot_be_shared():
     World(0, 2).check(batch=1, accumulate=4)
     with pytest.raises(UserError, match="3 processes cannot share 4 micro-batches of 1"):
         World(0, 3).check(batch=1, accumulate=4)
+
+
+@pytest.mark.parametrize(
+    "world, more, says",
+    [
+        (World(0, 3), {}, "3 processes cannot share 4 micro-batches of 1"),
+        (World(0, 2, sharded=True), {"save_results_every": 5}, "--shard keeps them in parts; leave out --save-results"),
+        (World(0, 2, sharded=True), {"save_epochs": 5}, "--shard keeps them in parts; leave out --save-results"),
+        (World(0, 2), {"save_epochs": 5}, None),
+    ],
+    ids=["share", "steps", "epochs", "whole"],
+)
+def test_what_several_processes_cannot_do_is_said_at_once(world, more, says):
+    options = TrainOptions("full", ("x",), Path("y"), telling=Telling(**more))
+    options = replace(options, pace=with_defaults("full", options.pace), loss=with_loss_defaults(options))
+    with pytest.raises(UserError, match=says) if says else nullcontext():
+        TrainJob(options, world, torch.float32).check_means()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from torch import nn
 from plainsd.adapters.lora import attached
 from plainsd.diffusion.denoiser import min_snr_weight
 from plainsd.diffusion.schedule import NoiseSchedule
-from plainsd.errors import UserError
+from plainsd.errors import DiskError, UserError
 from plainsd.pictures.conditioning import encode_prompts
+from plainsd.pictures.plan import encode_prompt
 from plainsd.speed.training import autocast
 from plainsd.text.prompts import Weighted
-from plainsd.train.checkpoints import checkpoints
+from plainsd.train.checkpoints import SaveError, checkpoints
 from plainsd.train.data.captions import Reader, cut_captions
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
@@ -38,7 +40,8 @@ from plainsd.train.objective import NoisyLatents, Objective, draw_noise, draw_ti
 from plainsd.train.optimizer import make_optimizer
 from plainsd.train.options import FitOptions
 from plainsd.train.order import Pick, random
-from plainsd.train.run import Rhythm, run_training
+from plainsd.train.processes import World
+from plainsd.train.run import Look, Rhythm, run_training
 from plainsd.train.trainer import Trainer
 
 SIZES = torch.tensor([[64.0, 64, 0, 0, 64, 64]])
@@ -280,6 +283,18 @@ def test_an_empty_caption_is_zeros_to_sdxl():
     assert context[0].abs().max() == 0 == vector[0, :16].abs().max() and context[1].abs().max() > 0
 
 
+@pytest.mark.parametrize("zeros", [True, False])
+@torch.no_grad()
+def test_an_empty_caption_is_what_an_empty_negative_prompt_is(zeros):
+    """In training and in drawing, by `force_zeros_for_empty_prompt` of the model's own model_index.json."""
+    sd = tiny_sd(replace(TINY_XL, force_zeros=zeros))
+    context, vector = Reader(sd)([""], SIZES)
+    with autocast("cpu", False):  # attention as in a step
+        drawn = encode_prompt(sd, "x", "", 4, size=(64, 64)).negative(0)
+    torch.testing.assert_close((context, vector), (drawn.context, drawn.vector))
+    assert bool(context.any()) is not zeros
+
+
 # ---- methods
 
 
@@ -495,6 +510,74 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, moment):
         [(line["step"], line["loss"]) for line in read_log(tmp_path / name / "log.jsonl")] for name in ("run", "whole")
     ]
     assert logs[0] == logs[1]
+
+
+# ---- looking at a run on its way
+
+
+def test_a_step_is_saved_before_it_is_looked_at(tmp_path):
+    """To look takes memory of its own; and a result on the way is there before its state, or no resume would write
+    it."""
+    seen = []
+
+    def noted(what):
+        seen.append((what, [int(state.name[5:]) for state in checkpoints(tmp_path / "checkpoints")]))
+        return {"validation": 1.0}
+
+    options, rhythm = replace(LINE, steps=2, save_every=1), Rhythm(log=1, validate=1, sample=1, results=1)
+    looks = {"validate": lambda: noted("validation"), "sample": lambda path: noted(path.stem), "save": noted}
+    run_training(Line(), 4, options, tmp_path, rhythm, **looks, before=True)
+    assert seen == [
+        ("validation", []),
+        ("step-00000000", []),
+        ("step00000001", []),
+        ("validation", [1]),
+        ("step-00000001", [1]),
+        ("validation", [1, 2]),
+        ("step-00000002", [1, 2]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "error, why",
+    [
+        (UserError("the numbers are not finite; try another guidance"), "the numbers are not finite"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out of memory"),
+    ],
+    ids=["not finite", "memory"],
+)
+def test_a_sample_that_fails_is_reported_and_the_run_goes_on(tmp_path, capsys, error, why):
+    def failing(path):
+        if path.stem == "step-00000001":
+            raise error
+        path.touch()
+
+    rhythm = Rhythm(log=1, validate=100, sample=1)
+    trained = run_training(Line(), 4, replace(LINE, steps=2), tmp_path / "run", rhythm, sample=failing)
+    assert f"no samples of step 1: {why}; the training goes on\n" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run" / "samples").iterdir()] == ["step-00000002.png"]
+    plain = run_training(Line(), 4, replace(LINE, steps=2), tmp_path / "plain", RHYTHM)
+    assert torch.equal(weights(trained.method.modules), weights(plain.method.modules))
+    assert all(torch.equal(a, b) for a, b in zip(trained.ema.values, plain.ema.values, strict=True))
+
+
+def test_what_a_sample_must_not_hide(tmp_path):
+    """A full disk; and of several processes with parts of the weights one that the others would wait for."""
+
+    def raising(error):
+        def sample(path):
+            raise error
+
+        return sample
+
+    with pytest.raises(SaveError, match="cannot write a sample grid: No space left"):
+        run_training(Line(), 4, LINE, tmp_path / "a", Rhythm(sample=1), sample=raising(OSError(28, "No space left")))
+    with pytest.raises(SaveError, match="cannot write a sample grid: no space"):
+        run_training(Line(), 4, LINE, tmp_path / "b", Rhythm(sample=1), sample=raising(DiskError(tmp_path, "no space")))
+    look = Look(SimpleNamespace(world=World(0, 2, sharded=True)), tmp_path, Rhythm(), None, None, None)
+    with pytest.raises(torch.OutOfMemoryError):
+        look._draw(raising(torch.OutOfMemoryError("full")), 1)
+    look._draw(raising(UserError("not finite; it is the same in all of them")), 1)
 
 
 # ---- the recipe: what it refuses, and what a second run leaves

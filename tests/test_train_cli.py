@@ -1,6 +1,7 @@
 """`plainsd train` from the command line: what each method leaves behind, and how it fails."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -19,17 +20,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import write_pictures
 from torch.utils.checkpoint import checkpoint
+from tyro.conf import FlagCreatePairsOff
+from tyro.extras import get_parser
 
 import plainsd
 from plainsd.adapters.embeddings import add_embedding, vectors_of
 from plainsd.adapters.lora import add_lora, save_lora
+from plainsd.arguments import number_registry
 from plainsd.checkpoint import load_vae, save_vae
 from plainsd.cli import main
 from plainsd.commands.parsing import parsed
 from plainsd.commands.train import Train
 from plainsd.disk import read_json
 from plainsd.generate import final, text_to_image
-from plainsd.pictures.images import read_settings
+from plainsd.models.control import ControlConfig, ControlNet
+from plainsd.models.vae import VAE
+from plainsd.pictures.images import grid, read_settings
 from plainsd.server.embeddings import Embeddings
 from plainsd.train.checkpoints import checkpoints
 from plainsd.train.checks import (
@@ -51,6 +57,7 @@ from plainsd.train.methods.lora import lora
 from plainsd.train.methods.vae import measure_scaling
 from plainsd.train.options import METHOD_DEFAULTS, FitOptions, Steps, TrainOptions, with_defaults, with_loss_defaults
 from plainsd.train.order import Repeated
+from plainsd.train.processes import World
 from plainsd.train.run import Look
 from plainsd.train.trainer import Trainer
 
@@ -589,6 +596,97 @@ def test_prompts_that_cannot_be_drawn_are_refused_before_training(train, base, t
     assert not (tmp_path / "run" / "log.jsonl").exists() and not (tmp_path / "run" / "run.toml").exists()
 
 
+@pytest.fixture
+def nothing_long(monkeypatch):
+    """A run may encode no pictures and draw no prior set."""
+    for name in ("data.run_data.cache_latents", "from_model.make_prior"):
+        monkeypatch.setattr(f"plainsd.train.{name}", lambda *_, **__: pytest.fail("it is too late"))
+
+
+LATE = {
+    "prompts": ("lora", ["--prompts", "nosuch.txt"], "cannot read the prompts in 'nosuch.txt'"),
+    "control": ("controlnet", ["--control", "nosuch.safetensors"], "there is no model at 'nosuch.safetensors'"),
+    "another control": ("controlnet", ["--control", "OTHER"], "the ControlNet to go on from does not fit the model"),
+    "tensorboard": ("lora", ["--tensorboard"], "TensorBoard is not installed; pip install"),
+    "torchao": ("full", ["--adam8bit"], "8-bit AdamW needs torchao; pip install torchao"),
+    "loss": ("lora", ["--huber", "-1"], "huber -1"),
+    "teacher": ("full", ["--distill", "4", "--distill-steps", "30"], "distill_steps 30 does not divide the 1000"),
+    "prior": ("lora", ["--prior", "nowhere"], "no folder 'nowhere'; give --prior-prompt"),
+    "base": (
+        "inversion",
+        ["--token", "colour", "--base", "INPAINTING"],
+        "reads a mask or a picture beside the latents",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATE)
+def test_what_is_wrong_is_said_before_anything_takes_long(train, base, tmp_path, monkeypatch, nothing_long, what):
+    method, flags, says = LATE[what]
+    if what == "tensorboard":
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if what == "torchao":
+        monkeypatch.setattr("plainsd.train.optimizer.check_can_compile", lambda *_: None)
+        monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    places = {"OTHER": tmp_path / "other", "INPAINTING": tmp_path / "inpainting"}
+    if what == "another control":
+        narrow = replace(plainsd.load(base, device="cpu").unet.config, channels=(32, 32))
+        plainsd.save_control(ControlNet(ControlConfig(narrow, (4, 4, 8, 8))), places["OTHER"])
+    if what == "base":
+        plainsd.save(tiny_sd(in_channels=9), places["INPAINTING"])
+    code, said = train(method, "--steps", "1", *(str(places.get(flag, flag)) for flag in flags))
+    assert code == 2 and len(said) == 1 and says in said[0]
+
+
+@pytest.mark.parametrize("method", ["vae", "scratch"])
+def test_so_it_is_from_scratch(train, base, tmp_path, monkeypatch, nothing_long, method):
+    (tmp_path / "model.json").write_text(json.dumps(described(base)))
+    given = {"--model": tmp_path / "model.json", "--vae": base / "vae", "--tokenizer": base / "tokenizer"}
+    more = [str(text) for pair in given.items() for text in pair] if method == "scratch" else []
+    if method == "scratch":
+        code, said = train(method, "--steps", "1", "--batch", "2", *more, "--prompts", "nosuch.txt")
+        assert code == 2 and "cannot read the prompts" in said[0]
+        code, said = train(method, "--steps", "1", "--batch", "2", *more, "--huber", "-1")
+        assert code == 2 and "huber -1" in said[0]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("plainsd.train.data.run_data.RunData.pictures", lambda *_: pytest.fail("it is too late"))
+    code, said = train(method, "--steps", "1", "--batch", "2", *more, "--tensorboard")
+    assert code == 2 and "TensorBoard is not installed" in said[0]
+
+
+def test_prompts_are_drawn_a_few_at_a_time_as_if_together(train, base, tmp_path, monkeypatch):
+    """At step 0 a LoRA changes nothing: the pictures are the base's."""
+    prompts, asked = [f"colour {i}" for i in range(6)], []
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+
+    def noted(sd, prompt, **more):
+        asked.append((prompt, more["seed"]))
+        return text_to_image(sd, prompt, **more)
+
+    monkeypatch.setattr("plainsd.train.job.text_to_image", noted)
+    assert train("lora", "--steps", "1", "--rank", "1", "--prompts", str(tmp_path / "prompts.txt")) == (0, [])
+    assert asked == [(prompts[:4], 0), (prompts[4:], 4)] * (len(asked) // 2) and len(asked) >= 4
+    sheet = Image.open(tmp_path / "run" / "samples" / "step-00000000.png")
+    together = grid(final(text_to_image(plainsd.load(base, device="cpu", dtype="float32"), prompts, seed=0)), 6)
+    assert np.abs(np.asarray(sheet, dtype=int) - np.asarray(together, dtype=int)).max() <= 2
+
+
+def test_an_autoencoder_shows_a_few_pictures_at_a_time(train, tmp_path, monkeypatch):
+    encode, seen, sheets = VAE.encode, [], []
+
+    def noted(self, pixels):
+        seen.append(len(pixels)) if torch.is_inference_mode_enabled() else None
+        return encode(self, pixels)
+
+    monkeypatch.setattr(VAE, "encode", noted)
+    for count in (4, 3):
+        monkeypatch.setattr("plainsd.train.from_scratch.AT_ONCE", count)
+        out = tmp_path / str(count)
+        assert train("vae", "--steps", "1", "--batch", "2", "--size", "16", out=out) == (0, [])
+        sheets.append(np.asarray(Image.open(out / "samples" / "step-00000001.png"), dtype=int))
+    assert seen == [4, 3, 1] and np.abs(sheets[0] - sheets[1]).max() <= 1
+
+
 def test_scratch_has_checkpointing(train, base, tmp_path, monkeypatch):
     (tmp_path / "model.json").write_text(json.dumps(described(base)))
     given = {"--model": tmp_path / "model.json", "--vae": base / "vae", "--tokenizer": base / "tokenizer"}
@@ -630,6 +728,49 @@ def test_the_same_command_goes_on(train, tmp_path):
     assert (tmp_path / "run" / "run.safetensors").read_bytes() == written
     code, said = train("lora", "--steps", "1", "--rank", "2")
     assert code == 2 and len(said) == 1 and "holds a run with another --rank (1, now 2)" in said[0]
+
+
+def test_a_run_goes_on_with_options_that_change_nothing(base, pictures, tmp_path, monkeypatch, capsys):
+    """Paths written otherwise, what is saved in which form, what is drawn on the way, how memory is saved."""
+    for name, place in (("pics", pictures), ("held", pictures), ("base", base)):
+        shutil.copytree(place, tmp_path / name)
+    (tmp_path / "prompts.txt").write_text("colour 1\n")
+    monkeypatch.chdir(tmp_path)
+
+    def run(steps, out="run", data="pics", held="held", base="base", more=()):
+        paths = ["--base", base, "--data", data, "--heldout", held, "--out", out]
+        code = main(
+            ["train", "--method", "lora", "--rank", "1", "--lr", "1e-2", "--steps", steps, *FAST, *paths, *more]
+        )
+        return code, capsys.readouterr()
+
+    more = ["--device", "auto", "--save-dtype", "bfloat16", "--prompts", "prompts.txt", "--bad-share", "0.5"]
+    monkeypatch.setattr("plainsd.device.choose_device", lambda _: torch.device("cpu"))  # also where auto is a GPU
+    assert run("1")[0] == 0
+    code, told = run("2", data="./pics/", held="held/", base=f"{tmp_path}/base", more=[*more, "--checkpointing"])
+    assert code == 0 and "so far: 1 new, 0 gone; it goes on with these" in told.out
+    assert torch.bfloat16 in {tensor.dtype for tensor in load_file("run/run.safetensors").values()}
+    code, told = run("3", data=f"{tmp_path}/pics", held=f"{tmp_path}/pics/../held", base="./base")
+    assert code == 0 and "so far: 0 new, 1 gone; it goes on with these" in told.out
+    assert run("3", out="straight")[0] == 0
+    again, straight = load_file("run/run.safetensors"), load_file("straight/straight.safetensors")
+    assert all(torch.equal(again[name], straight[name]) for name in straight)
+    for name, other in (("data", {"data": "held"}), ("data", {"data": "pics:2"}), ("heldout", {"held": "pics"})):
+        code, told = run("4", **other)
+        assert code == 2 and f"holds a run with another --{name}" in told.err
+
+
+def test_a_run_goes_on_in_its_own_precision(train, tmp_path, monkeypatch):
+    """Whichever device, and `auto`, stand for it."""
+    more, options = ["--steps", "1", "--rank", "1", "--dtype"], tmp_path / "run" / "options.json"
+    assert train("lora", *more, "float32") == (0, [])
+    for pays, code in ((False, 0), (True, 2)):
+        monkeypatch.setattr("plainsd.device.bfloat16_pays", lambda pays=pays: pays)
+        found, said = train("lora", *more, "auto")
+        assert found == code and read_json(options)["dtype"] == "float32"
+    assert "holds a run with another --dtype (float32, now bfloat16)" in said[0]
+    options.write_text(json.dumps(read_json(options) | {"dtype": "auto"}))  # as older versions wrote it
+    assert train("lora", *more, "float32") == (0, []) and read_json(options)["dtype"] == "float32"
 
 
 @pytest.fixture
@@ -859,6 +1000,25 @@ def test_a_runs_own_file_is_accepted(tmp_path, method):
     assert (read.loss, read.pace) == (filled.loss, filled.pace)
 
 
+def test_no_name_leaves_out_what_a_file_says(tmp_path):
+    file, own = tmp_path / "a.toml", ["--config", str(tmp_path / "a.toml")]
+    file.write_text(
+        'method = "lora"\ndata = ["x"]\nout = "y"\nflip = true\ntext-encoder = true\ndora = true\n'
+        "min-snr = 5\nrank = 8\nepochs = 2\nbuckets = false\n"
+    )
+    read = parsed(Train, "train", with_config(own, Train))
+    assert read.reading.flip and read.lora.text_encoder and read.lora.dora and read.loss.min_snr == 5
+    off = ["--no-flip", "--no-text_encoder", "--no-min-snr", "--no-epochs", "--no-buckets", "--no-checkpointing"]
+    read = parsed(Train, "train", with_config([*own, *off, "--caption", "flip"], Train))
+    assert not (read.reading.flip or read.lora.text_encoder or read.reading.buckets or read.pace.checkpointing)
+    assert (read.loss.min_snr, read.pace.epochs, read.reading.caption) == (None, None, "flip")
+    assert read.lora.dora and read.lora.rank == 8
+    with pytest.raises(plainsd.UserError, match="--flip and --no-flip contradict each other; leave one of them out"):
+        with_config([*own, "--flip", "--no-flip"], Train)
+    with pytest.raises(plainsd.UserError, match="--no-flp"):
+        parsed(Train, "train", with_config([*own, "--no-flp"], Train))
+
+
 CONFIGS = {
     "rnk = 8": "unknown option 'rnk'; did you mean 'rank'?",
     "config = 'x'": "unknown option 'config'",
@@ -962,11 +1122,11 @@ def test_out_of_memory_is_one_line(train, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "update", full)
     code, said = train("lora", "--steps", "5", "--rank", "1", "--save-every", "1")
     assert code == 2 and said == [
-        "plainsd: out of memory; try --batch 1, --checkpointing, --half-base or --adam8bit, with another --out; the "
+        "plainsd: out of memory; try --checkpointing, or --batch 1, --half-base or --adam8bit with another --out; the "
         f"last state is {tmp_path / 'run' / 'checkpoints' / 'step-00000002'}"
     ]
     code, said = train("vae", "--steps", "5", "--batch", "2", "--save-every", "9", out=tmp_path / "vae")
-    assert said == ["plainsd: out of memory; try --batch 1 or --adam8bit, with another --out; there is no checkpoint"]
+    assert said == ["plainsd: out of memory; try --batch 1 or --adam8bit with another --out; there is no checkpoint"]
 
 
 def test_a_full_disk_when_the_result_is_written(train, tmp_path, monkeypatch):
@@ -1185,6 +1345,33 @@ def test_every_method_of_an_option_is_one():
     assert {method for methods in METHODS_OF.values() for method in methods} == set(METHOD_DEFAULTS)
     for method in METHOD_DEFAULTS:
         check_methods(replace(options, method=method))
+
+
+def test_help_names_the_methods_of_an_option():
+    """Where it names any: `full, lora: ...`."""
+    one = "|".join(METHOD_DEFAULTS)
+    parser = get_parser(Train, config=(FlagCreatePairsOff,), registry=number_registry())
+    named = {}
+    for action in parser._actions:
+        lists = re.findall(rf"(?:^|\. )((?:{one})(?:, (?:{one}))*): ", " ".join((action.help or "").split()))
+        named[action.dest] = {method for words in lists for method in words.split(", ")}
+    named = {
+        name.split(".")[-1].replace("-", "_"): methods
+        for name, methods in named.items()
+        if methods and name != "method"
+    }
+    assert named == {name: set(METHODS_OF[name]) for name in named}
+    assert {"vae", "half_base", "optimizer", "text_encoder", "kl_weight", "live_latents"} <= named.keys()
+
+
+@pytest.mark.parametrize("flags", [["--dora"], ["--dora", "--kind", "loha"], []], ids=str)
+def test_who_reads_a_dora_is_said(train, monkeypatch, flags):
+    said = []
+    monkeypatch.setattr(World, "say", lambda self, text: said.append(text))
+    assert train("lora", "--steps", "1", "--rank", "1", *flags) == (0, [])
+    line = "A1111 reads dora_scale by columns and draws such a file otherwise"
+    wanted = {1: [f"{line}; diffusers/PEFT read it as it is"], 3: [line], 0: []}[len(flags)]
+    assert [text for text in said if "A1111 reads" in text] == wanted
 
 
 def test_float16_is_no_precision_to_train_in(train, tmp_path):

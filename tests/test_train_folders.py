@@ -20,7 +20,7 @@ from plainsd.train.data.folders import Reading
 from plainsd.train.data.heldout import chosen_before, chosen_pictures, digests, of_run
 from plainsd.train.data.latents import WantedView, _add_weights, cache_latents, view_keys
 from plainsd.train.data.pictures import PictureSet, read_pictures
-from plainsd.train.data.sources import read_source
+from plainsd.train.data.sources import read_source, real_source
 from plainsd.train.order import Pick, random
 
 SEPARATORS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"
@@ -315,6 +315,28 @@ def test_kohyas_folders(dogs, tmp_path):
     ]
     found, _ = read(f"kohya:{dogs}", tmp_path, without=(dogs / "2_dog_of clay",))
     assert found == wanted[:2]
+
+
+def test_a_limit_and_a_share_are_of_the_whole_source(dogs, tmp_path):
+    """And not of each folder in it."""
+    for limit in (1, 2, 3, 9):
+        found, _ = read(f"kohya:{dogs}", tmp_path, limit=limit)
+        assert [name for name, *_ in found] == ["a.png", "b.png", "c.png"][:limit]
+    (dogs / "2_dog_of clay" / "c.png").write_bytes(b"broken")  # all of its folder, and a third of the source
+    found, (said,) = read(f"kohya:{dogs}", tmp_path, bad_share=0.34)
+    assert [name for name, *_ in found] == ["a.png", "b.png"] and said.startswith("left out 1 of 3 pictures: c.png")
+    with pytest.raises(UserError, match=f"kohya:{dogs}: 1 of 3 pictures cannot be used, more than 33%"):
+        read(f"kohya:{dogs}", tmp_path, bad_share=0.33)
+
+
+def test_a_source_is_known_however_it_is_written(dogs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked").symlink_to(dogs)
+    for prefix in ("", "kohya:"):
+        ways = {real_source(f"{prefix}{way}") for way in ("dogs", "./dogs/", "dogs/../dogs", dogs, "dogs:1", "linked")}
+        assert ways == {f"{prefix}{dogs.resolve()}:1"}
+        assert real_source(f"{prefix}dogs:3") == f"{prefix}{dogs.resolve()}:3"
+    assert real_source("owner/name@v2:3") == "owner/name@v2:3"
 
 
 def test_what_kohya_leaves_out_is_named(dogs, tmp_path):

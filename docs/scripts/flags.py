@@ -30,7 +30,7 @@ def rows_of(kind: type, name: str) -> list[tuple[str, str, str]]:
     for action in parser._actions:
         if "--help" in action.option_strings:
             continue
-        text = " ".join((action.help or "").split())
+        text = " ".join((action.help or "").split()).replace("%%", "%")  # argparse's own spelling
         found = DEFAULT.search(text)
         usage = " ".join(part for part in (*action.option_strings[-1:], placeholder(action)) if part)
         rows.append((usage, DEFAULT.sub("", text).strip(), found[1] if found else ""))

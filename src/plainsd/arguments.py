@@ -12,7 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 Switch = Annotated[bool, arg(help_behavior_hint="")]  # off unless given, which help does not repeat
 
 
-def flag(metavar: str, name: str | None = None):
+def flag(metavar: str | None = None, name: str | None = None):
     return arg(metavar=metavar, name=name, help_behavior_hint=default_hint)
 
 

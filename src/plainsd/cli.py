@@ -1,7 +1,8 @@
 """The `plainsd` command: finds the sub-command, reads its flags, and turns errors into one line and an exit code.
 
-0 done; 1 from verify alone: something differs; 2 wrong input, an unreadable or an unwritable file; 130 interrupted;
-141 when stdout is closed, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the traceback.
+0 done; 1 from verify: something differs, and from train: the disk is full; 2 wrong input, an unreadable or an
+unwritable file; 130 interrupted; 141 when stdout is closed, as after `plainsd ... | head`. PLAINSD_DEBUG=1 shows the
+traceback.
 
 A sub-command is a dataclass with a `run()` that returns an exit code, or None for 0. It is imported only when called,
 and imports torch only in `run()`, so that help is instant.

@@ -87,7 +87,7 @@ class Serve:
     """time for the pictures under way at SIGTERM, in seconds; what is not finished is drawn after the next start"""
     log_format: Literal["text", "json"] = "text"
     """how log lines are written to stderr; json: one object a line, with jobs, clients and models as fields"""
-    log_level: Literal["debug", "info", "warning", "error"] | None = None
+    log_level: Annotated[Literal["debug", "info", "warning", "error"] | None, flag()] = None
     """from which level on; info has a line for each request and each change of a job (default: info for json, else
     warning)"""
     plain: Switch = False

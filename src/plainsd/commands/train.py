@@ -13,6 +13,8 @@ class Train(options.TrainOptions):
     """Trains on captioned pictures. Run again with the same --out, it resumes."""
 
     def run(self) -> int:
+        """0, also where SIGTERM stopped the run and it was saved; 1 where the disk was full, which a line on stderr
+        says, with the state that is intact."""
         import torch
 
         from plainsd.device import choose_device, choose_dtype
@@ -53,6 +55,7 @@ class Train(options.TrainOptions):
                 job = TrainJob(filled, world, dtype)
                 job.draw_seed()
                 job.check_name()
+                job.check_means()
                 task(job)
             except SaveError as error:
                 states = checkpoints(self.out / "checkpoints")
@@ -69,12 +72,12 @@ class Train(options.TrainOptions):
             except torch.OutOfMemoryError:
                 states = checkpoints(self.out / "checkpoints")
                 kept = f"the last state is {states[-1]}" if states else "there is no checkpoint"
-                raise UserError(f"out of memory; try {less_memory(self.method)}, with another --out; {kept}") from None
+                raise UserError(f"out of memory; try {less_memory(self.method)}; {kept}") from None
         return 0
 
 
 def less_memory(method: str) -> str:
-    """What a method can do with less memory."""
-    names = ("checkpointing", "half_base", "adam8bit")
+    """What a method can do with less memory: in the same run, and in another."""
+    same, names = "--checkpointing, or " if method in METHODS_OF["checkpointing"] else "", ("half_base", "adam8bit")
     *others, last = ["--batch 1", *(as_flag(name) for name in names if method in METHODS_OF.get(name, (method,)))]
-    return f"{', '.join(others)} or {last}"
+    return f"{same}{', '.join(others)} or {last} with another --out"

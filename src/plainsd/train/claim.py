@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from torch import nn
@@ -23,9 +24,11 @@ from plainsd.errors import UserError
 from plainsd.pictures.model import StableDiffusion
 from plainsd.train.checkpoints import saving
 from plainsd.train.checks import each_option
+from plainsd.train.data.sources import real_source
 from plainsd.train.processes import World
 
 OPTIONS_FILE, CONFIG_FILE, LOCK_FILE = "options.json", "run.toml", ".lock"
+PATHS = ("data", "heldout", "prior", "base", "control", "vae", "model", "tokenizer", "carry")  # or names on the hub
 DAMAGED = "put it back from a copy, or give another --out"
 
 
@@ -54,7 +57,7 @@ def locked(folder: Path, world: World) -> Iterator[None]:
                     place.rmdir()
 
 
-def claim(folder: Path, identity: Mapping[str, str], config: str) -> None:
+def claim(folder: Path, identity: Mapping[str, Any], config: str) -> None:
     """Writes the options of the run."""
     with saving("the options"):
         for name, text in ((OPTIONS_FILE, json.dumps(identity, indent=1)), (CONFIG_FILE, config)):
@@ -80,6 +83,13 @@ def flat(options) -> dict[str, str]:
     return {
         entry.name: " ".join(value) if entry.name == "data" else str(value) for entry, value in each_option(options)
     }
+
+
+def real_places(options) -> dict[str, list[str]]:
+    """Where the options lead that are paths, however they are written: `pics`, `./pics/`, `/work/pics`."""
+    given = {entry.name: value for entry, value in each_option(options) if entry.name in PATHS and value}
+    each = {name: value if isinstance(value, tuple) else (value,) for name, value in given.items()}
+    return {name: [real_source(str(value)) for value in values] for name, values in each.items()}
 
 
 def weights_digest(*networks: nn.Module) -> str:

@@ -6,7 +6,8 @@
     rank = 8
     text-encoder = true
 
-The names are those of the flags; flags on the command line take precedence. This module needs no torch.
+The names are those of the flags; flags on the command line take precedence, and `--no-text-encoder` there leaves out
+what the file says of text-encoder. This module needs no torch.
 """
 
 import json
@@ -18,26 +19,43 @@ from typing import Any
 from plainsd.errors import UserError, unknown
 
 OPTION = "--config"
+NOT = "--no-"
 EITHER = ("--steps", "--epochs")  # one given as a flag replaces the other in the file
 LARGEST_CONFIG = 2**16  # bytes; tomllib takes time with the square of a dotted name's length
 
 
 def with_config(arguments: list[str], kind: type) -> list[str]:
-    """The flags from the --config file, followed by the given ones. `kind`: the command's dataclass."""
+    """The flags from the --config file, followed by the given ones; of these --no-NAME leaves out what the file says of
+    NAME. `kind`: the command's dataclass."""
+    path, known = config_path(arguments), options_of(kind)
+    if path is None:
+        return arguments
+    names = {one: one.removeprefix(NOT).replace("_", "-") for one in arguments if one.startswith(NOT)}
+    without = {one: name for one, name in names.items() if name in known}
+    given = [one for one in arguments if one not in without]
+    for one, name in without.items():
+        if f"--{name}" in (argument.split("=")[0] for argument in given):
+            raise UserError(f"--{name} and {one} contradict each other; leave one of them out")
+    return flags_of(path, known, given, set(without.values())) + given
+
+
+def config_path(arguments: list[str]) -> Path | None:
     for i, argument in enumerate(arguments):
         if argument == OPTION and i + 1 < len(arguments):
-            return flags_of(Path(arguments[i + 1]), kind, arguments) + arguments
+            return Path(arguments[i + 1])
         if argument.startswith(f"{OPTION}="):
-            return flags_of(Path(argument.partition("=")[2]), kind, arguments) + arguments
-    return arguments
+            return Path(argument.partition("=")[2])
+    return None
 
 
-def flags_of(path: Path, kind: type, given: list[str]) -> list[str]:
-    known, found = options_of(kind), []
+def flags_of(path: Path, known: dict[str, Any], given: list[str], without: set[str]) -> list[str]:
+    found = []
     for written, value in read_config(path).items():
         name = written.replace("_", "-")
         if name not in known:
             raise UserError(f"{path}: {unknown('option', written, known)}")
+        if name in without:
+            continue
         if f"--{name}" in EITHER and any(argument.split("=")[0] in EITHER for argument in given):
             continue
         if isinstance(value, bool) != (known[name] is bool) or not isinstance(value, (str, int, float, list)):

@@ -52,10 +52,16 @@ class Distill:
 
 def to_student(sd: StableDiffusion, distill: Distill, objective: Objective, *, text_encoder: bool) -> None:
     """Gives the model the settings that its student is drawn with. UserError where it cannot be a teacher."""
-    schedule = sd.schedule
-    assert isinstance(schedule, NoiseSchedule)  # `frozen` takes no other
     if objective != PLAIN_OBJECTIVE or text_encoder:
         raise UserError("distillation has a loss of its own, for the UNet; leave the objective and text_encoder out")
+    check_teacher(sd, distill)
+    sd.variant = replace(sd.variant, **STUDENT)
+
+
+def check_teacher(sd: StableDiffusion, distill: Distill) -> None:
+    """A UserError where a model cannot be a teacher."""
+    schedule = sd.schedule
+    assert isinstance(schedule, NoiseSchedule)  # `frozen` takes no other
     if sd.unet.config.guidance_dim is not None:
         raise UserError(
             "this model is a distilled one, which reads the guidance scale; distill the model it was made of"
@@ -72,7 +78,6 @@ def to_student(sd: StableDiffusion, distill: Distill, objective: Objective, *, t
             field="distill_steps",
             value=distill.steps,
         )
-    sd.variant = replace(sd.variant, **STUDENT)
 
 
 def consistency_errors(

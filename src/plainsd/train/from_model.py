@@ -23,14 +23,15 @@ from plainsd.pictures.model import StableDiffusion, assemble
 from plainsd.speed.training import trained_faster
 from plainsd.train.checkpoints import saving
 from plainsd.train.claim import model_identity, weights_digest
+from plainsd.train.consistency import check_teacher
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.sources import folder_of
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
-from plainsd.train.methods.controlnet import check_maps, controlnet
+from plainsd.train.methods.controlnet import check_maps, check_start, controlnet
 from plainsd.train.methods.dreambooth import PRIOR_FILE, check_whole_set, make_prior
-from plainsd.train.methods.finetune import FineTune
+from plainsd.train.methods.finetune import FineTune, frozen
 from plainsd.train.methods.full import full
 from plainsd.train.methods.inversion import first_rows, inversion, settle, written_down
 from plainsd.train.methods.lora import lora
@@ -63,6 +64,9 @@ def train_lora(job: TrainJob) -> None:
 
     def check(sd: StableDiffusion, pictures: PictureSet) -> None:
         to_adapt(sd, own.rank, own.rank if own.alpha is None else own.alpha, text=own.text_encoder, **where)
+        if own.dora:
+            others = "; diffusers/PEFT read it as it is" if own.kind == "lora" else ""
+            job.say(f"A1111 reads dora_scale by columns and draws such a file otherwise{others}")
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return lora(
@@ -141,17 +145,17 @@ def train_controlnet(job: TrainJob) -> None:
     if job.world.sharded:
         raise UserError("method controlnet does not go with --shard; leave it out")
     found: list[ControlNet] = []
+    own = job.options.control.control
+    start = load_control(own, device=job.world.device, dtype="float32") if own else None
+    if not isinstance(start, ControlNet | None):
+        raise UserError(f"method controlnet goes on from ControlNets, and {own} is a T2I-Adapter; choose another one")
 
     def check(sd: StableDiffusion, pictures: PictureSet) -> None:
+        if start:
+            check_start(start, sd)
         check_maps(pictures)
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
-        own = job.options.control.control
-        start = load_control(own, device=job.world.device, dtype="float32") if own else None
-        if not isinstance(start, ControlNet | None):
-            raise UserError(
-                f"method controlnet goes on from ControlNets, and {own} is a T2I-Adapter; choose another one"
-            )
         kept = {name: shared[name] for name in ("objective", "chunks")}
         method = controlnet(sd, examples, start, seed=job.options.pace.seed, **kept)
         found.append(cast(ControlNet, method.modules["net"]))
@@ -170,9 +174,12 @@ def train_controlnet(job: TrainJob) -> None:
 
 def tuned(job: TrainJob, make: Make, write: Write, check_it: Check | None = None) -> StableDiffusion | None:
     """The trained model; None if the run was stopped early, or if another process saves it."""
-    sd = base_model(job)
+    sd = frozen(base_model(job))
     weights = weights_digest(sd.unet, sd.vae, *sd.text_encoders)
     job.check_options(base_weights=weights, **model_identity(sd, job.options.reading.size))
+    if distill := job.distill():
+        check_teacher(sd, distill)
+    job.check_prompts(sd)
     network: nn.Module
     for network in (sd.unet, sd.vae, *sd.text_encoders):
         network.to(memory_format=torch.channels_last)
@@ -181,7 +188,6 @@ def tuned(job: TrainJob, make: Make, write: Write, check_it: Check | None = None
         check_it(sd, pictures)
     if job.options.method == "controlnet" and heldout:
         check_maps(heldout, "held-out pictures")
-    examples, held = job.data.examples(sd.vae, pictures), job.data.examples(sd.vae, heldout) if heldout else None
     job.data.count_long_captions(sd, pictures)
     shared = {
         "objective": job.objective(),
@@ -189,6 +195,7 @@ def tuned(job: TrainJob, make: Make, write: Write, check_it: Check | None = None
         "prior": prior_set(job, sd, pictures.size),
         "prior_weight": job.options.prior.prior_weight,
     }
+    examples, held = job.data.examples(sd.vae, pictures), job.data.examples(sd.vae, heldout) if heldout else None
     if job.options.method != "full" and job.options.telling.prompts is None:
         sd.vae.to("meta")  # latents are cached, and it is not needed for samples or saving
     method = make(sd, examples, shared)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import nn
 
 from plainsd.checkpoint import load, load_vae, save, save_vae
@@ -27,6 +28,8 @@ from plainsd.train.claim import model_identity, weights_digest
 from plainsd.train.data.crops import Framing
 from plainsd.train.gradient_checkpointing import checkpointing
 from plainsd.train.job import TrainJob
+from plainsd.train.methods.dreambooth import AT_ONCE
+from plainsd.train.methods.finetune import frozen
 from plainsd.train.methods.full import full
 from plainsd.train.methods.scratch import from_scratch
 from plainsd.train.methods.vae import VaeMethod, init_vae, measure_scaling, validate
@@ -98,10 +101,13 @@ def train_vae(job: TrainJob) -> None:
     shown = heldout or pictures
 
     def sample(path: Path) -> None:
-        real = shown.pixels(range(min(16, len(shown)))).to(job.world.device)
-        with torch.inference_mode():
-            fake = vae.decode(vae.encode(real).mean)
-        write_png(grid([i for pair in zip(to_pil(real), to_pil(fake), strict=True) for i in pair], 8), path)
+        pairs: list[tuple[Image.Image, Image.Image]] = []
+        for first in range(0, count := min(16, len(shown)), AT_ONCE):
+            real = shown.pixels(range(first, min(first + AT_ONCE, count))).to(job.world.device)
+            with torch.inference_mode():
+                fake = vae.decode(vae.encode(real).mean)
+            pairs += zip(to_pil(real), to_pil(fake), strict=True)
+        write_png(grid([image for pair in pairs for image in pair], 8), path)
 
     def write(mark: str | None) -> None:
         if not own.decoder_only:
@@ -128,15 +134,15 @@ def train_scratch(job: TrainJob) -> None:
         raise UserError(f"--carry {missing[0]}: there is no such file; leave it out, or give one that is there")
     torch.manual_seed(job.options.pace.seed)  # the networks' first weights
     vae = job.on_device(load_vae(own.vae, device=job.world.device, dtype=torch.float32))
-    sd = from_scratch(variant, vae, Tokenizer.from_folder(own.tokenizer))
+    sd = frozen(from_scratch(variant, vae, Tokenizer.from_folder(own.tokenizer)))
     if job.options.base is not None:
         begin_as(sd, job.options.base)
     for network in (sd.unet, *sd.text_encoders):
         job.on_device(network)
     weights = {"vae_weights": weights_digest(vae), "first_weights": weights_digest(sd.unet, *sd.text_encoders)}
     job.check_options(**weights, **model_identity(sd, job.options.reading.size))
+    job.check_prompts(sd)
     pictures, heldout = job.data.pictures(variant.size, vae.config)
-    vae.requires_grad_(False)
     job.data.count_long_captions(sd, pictures)
     held = job.data.examples(vae, heldout) if heldout else None
 

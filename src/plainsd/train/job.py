@@ -1,11 +1,13 @@
 """What all methods of `plainsd train` share between options and loop: the run's folder, the run."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as made_by
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch import nn
 from plainsd.device import DTYPES
 from plainsd.disk import read_json
 from plainsd.errors import UserError
+from plainsd.generate import Events, final, text_to_image
 from plainsd.listing import read_prompts
 from plainsd.models.control import ControlNet
 from plainsd.pictures.control import Control
@@ -22,20 +25,23 @@ from plainsd.pictures.settings import RANDOM, drawn_seed
 from plainsd.train import config
 from plainsd.train.checkpoints import saving
 from plainsd.train.checks import without_effect
-from plainsd.train.claim import CONFIG_FILE, DAMAGED, OPTIONS_FILE, claim, flat, longer, recorded_seed
+from plainsd.train.claim import CONFIG_FILE, DAMAGED, OPTIONS_FILE, claim, flat, longer, real_places, recorded_seed
 from plainsd.train.consistency import Distill
 from plainsd.train.data.pictures import PictureSet
 from plainsd.train.data.record import record, text_digests
 from plainsd.train.data.run_data import RunData
+from plainsd.train.methods.dreambooth import AT_ONCE
 from plainsd.train.objective import PLAIN_OBJECTIVE, Objective
+from plainsd.train.optimizer import adam8bit
 from plainsd.train.options import FitOptions, TrainOptions, given
 from plainsd.train.processes import World
-from plainsd.train.run import Interrupted, Rhythm, run_training
+from plainsd.train.run import Interrupted, Rhythm, check_tensorboard, run_training
 from plainsd.train.shard import shard
 from plainsd.train.trainer import Method
 
 FREE = {"out", "keep", "save_every", "log_every", "validate_every", "sample_every", "tensorboard", "workers",
-        "config", "save_results_every", "save_epochs"}  # fmt: skip
+        "config", "save_results_every", "save_epochs", "save_dtype", "prompts", "bad_share", "checkpointing",
+        "device"}  # fmt: skip
 RUN_FOLDERS = ("cache", "checkpoints", "prior", "results", "samples", "tensorboard", "vae")  # of a run's folder
 RESULT_FOLDERS = {  # a file each
     "full": "model_index.json",
@@ -57,7 +63,7 @@ class TrainJob:
     options: TrainOptions
     world: World
     dtype: torch.dtype  # of the arithmetic
-    identity: dict[str, str] = made_by(default_factory=dict)  # as checked by `check_options`
+    identity: dict[str, Any] = made_by(default_factory=dict)  # as checked by `check_options`
     reads: dict[str, list[str]] = made_by(default_factory=dict)  # digests of the pictures, see data/record.py
 
     @property
@@ -116,23 +122,41 @@ class TrainJob:
                 f"{place} is in the way: the result is to be written there; remove it, or give another --out"
             )
 
+    def check_means(self) -> None:
+        """A UserError where the options want what is not there: a package, a loss, processes that can share a step."""
+        telling, pace = self.options.telling, self.options.pace
+        if self.world.sharded and (telling.save_results_every or telling.save_epochs):
+            raise UserError("results on the way need whole weights, and --shard keeps them in parts; leave out "
+                            "--save-results-every and --save-epochs, or --shard")  # fmt: skip
+        self.world.check(given(pace.batch), given(pace.accumulate))
+        self.objective()
+        if pace.adam8bit:
+            adam8bit(self.world.device)
+        if telling.tensorboard:
+            check_tensorboard()
+
     def check_options(self, **more: str) -> None:
         """A run resumes only with the same options, except for those without effect on it, and for more steps or
         epochs. With cosine decay, more steps change the learning rate from here on."""
-        path, now = self.out / OPTIONS_FILE, flat(self.options) | more
+        path, where = self.out / OPTIONS_FILE, real_places(self.options)
+        now = flat(self.options) | {"dtype": str(self.dtype).removeprefix("torch.")} | more
         old = read_json(path, DAMAGED) if path.is_file() else {}
         idle = without_effect(self.options)  # older versions wrote down what did nothing
+        if old.get("dtype") == "auto":  # as they wrote, on whichever device
+            del old["dtype"]
+        known = old.get("places")
+        same = {name for name in where if isinstance(known, dict) and known.get(name) == where[name]}
         for name in now if old else ():
             if name in ("steps", "epochs") and longer(old.get(name), now[name]):
                 self.say(f"{self.out} was to end after {old[name]} {name}; it goes on to {now[name]}")
-            elif name not in FREE | idle and old.get(name, now[name]) != now[name]:
+            elif name not in FREE | idle | same and old.get(name, now[name]) != now[name]:
                 model = f"a model of {OTHER_MODELS[name]}" if name in OTHER_MODELS else "a model with other weights"
                 what = model if name in more else f"another --{name.replace('_', '-')}"
                 raise UserError(
                     f"{self.out} holds a run with {what} ({old[name]}, now {now[name]}); give the same "
                     "options to resume, or another --out"
                 )
-        self.identity = now
+        self.identity = now | {"places": where}
 
     def claim(self) -> None:
         """Takes the folder for this run. Called after all checks."""
@@ -213,10 +237,7 @@ class TrainJob:
     ) -> bool:
         """To the end, with the averaged weights in place then; False where SIGTERM stopped it before. `save` writes the
         result; with a mark one on the way to it, see `result`."""
-        telling, order = self.options.telling, self.data.order(pictures)
-        if self.world.sharded and (telling.save_results_every or telling.save_epochs):
-            raise UserError("results on the way need whole weights, and --shard keeps them in parts; leave out "
-                            "--save-results-every and --save-epochs, or --shard")  # fmt: skip
+        order = self.data.order(pictures)
         rhythm = self.rhythm(order.count)
         options = self.fit_options(order.count, pictures.size)
         stopped = f"stopped and saved in {self.out}; the same command goes on from there"
@@ -230,7 +251,7 @@ class TrainJob:
                 check,
                 sample,
                 before=before,
-                tensorboard=telling.tensorboard,
+                tensorboard=self.options.telling.tensorboard,
                 world=self.world,
                 save=save,
                 claim=self.claim,
@@ -253,29 +274,36 @@ class TrainJob:
     ) -> Callable[[Path], None] | None:
         """Draws a grid of the prompts, always with the same noise; with a ControlNet each after the map of one of the
         pictures, the first, the second, ... A UserError now for what cannot be drawn."""
-        file = self.options.telling.prompts
-        if file is None:
-            return None
-        from plainsd.generate import Events, final, text_to_image
-
-        prompts = read_prompts(file)
+        prompts = self.prompts()
         if self.world.first:
             self.data.compare("prompts", text_digests(prompts))
-
-        def begun() -> list[Events]:
-            if net is None or pictures is None:
-                return [text_to_image(sd, prompts, seed=0, size=self.options.reading.size)]
-            maps = [pictures.map(i % len(pictures)) for i in range(len(prompts))]
-            return [
-                text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(net, map)])
-                for prompt, map in zip(prompts, maps, strict=True)
-            ]
-
-        begun()  # checks prompts and size
+        begun = partial(self.begun, sd, prompts, net, pictures)
+        list(begun())  # checks prompts and size
 
         def sample(path: Path) -> None:
             images = [image for events in begun() for image in final(events)]
             if self.world.first:
                 write_png(grid(images, min(8, len(images))), path)
 
-        return sample
+        return sample if prompts else None
+
+    def begun(
+        self, sd: StableDiffusion, prompts: list[str], net: ControlNet | None = None, pictures: PictureSet | None = None
+    ) -> Iterator[Events]:
+        """What draws the prompts, a few at a time; prompt i with seed i, or 0 where it has a map."""
+        if net is None or pictures is None:
+            for first in range(0, len(prompts), AT_ONCE):
+                some = prompts[first : first + AT_ONCE]
+                yield text_to_image(sd, some, seed=first, size=self.options.reading.size)
+            return
+        for i, prompt in enumerate(prompts):
+            map = pictures.map(i % len(pictures))
+            yield text_to_image(sd, prompt, seed=0, size=map.size, control=[Control(net, map)])
+
+    def prompts(self) -> list[str]:
+        file = self.options.telling.prompts
+        return [] if file is None else read_prompts(file)
+
+    def check_prompts(self, sd: StableDiffusion) -> None:
+        """A UserError for what cannot be drawn, before anything takes long."""
+        list(self.begun(sd, self.prompts()))

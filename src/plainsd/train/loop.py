@@ -31,6 +31,27 @@ def fit(
     """
     trainer = trainer or Trainer(method, options)
     folder = Path(folder) if folder else None
+    for report in unsaved(method, pictures, options, folder, trainer):
+        yield report
+        if folder:
+            save_when_due(trainer, report, folder)  # after the report, so that the log has every saved step
+
+
+def save_when_due(trainer: Trainer, report: Report, folder: Path) -> None:
+    """Saves the state after a step, every `save_every` steps and after the last; not after one that was skipped."""
+    last = report.step == trainer.options.steps
+    if not math.isnan(report.loss) and (last or report.step % trainer.options.save_every == 0):
+        save_checkpoint(trainer, folder)
+
+
+def unsaved(
+    method: Method,
+    pictures: int | Callable[[int], int],
+    options: FitOptions,
+    folder: Path | None,
+    trainer: Trainer,
+) -> Iterator[Report]:
+    """The steps of `fit`, for a caller who saves their states."""
     if folder:
         if trainer.world.first:
             sweep(folder)
@@ -61,6 +82,3 @@ def fit(
             trainer.step * size,
             time.perf_counter() - began,
         )
-        last = trainer.step == options.steps
-        if folder and not in_a_row and (last or trainer.step % options.save_every == 0):
-            save_checkpoint(trainer, folder)  # after the report, so that the log has every saved step

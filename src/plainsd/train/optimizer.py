@@ -34,8 +34,7 @@ def make_optimizer(modules: nn.Module, options: FitOptions) -> torch.optim.Optim
     groups = [{"params": decayed, "weight_decay": options.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     numbers: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
     if options.adam8bit:
-        check_can_compile(parameters[0].device, "--adam8bit")  # its step is one kernel
-        return adam8bit()([group for group in groups if group["params"]], **numbers)
+        return adam8bit(parameters[0].device)([group for group in groups if group["params"]], **numbers)
     numbers["fused"] = not any(isinstance(p, DTensor) for p in parameters)
     if options.muon:
         return Muon(groups, hidden_matrices(modules), torch.bfloat16 if options.bf16 else torch.float32, **numbers)
@@ -140,8 +139,10 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
-def adam8bit() -> type[torch.optim.Optimizer]:
-    """Dettmers et al. 2021 (arXiv:2110.02861): blocks of 256 numbers share a scale. A quarter of the memory."""
+def adam8bit(device: torch.device) -> type[torch.optim.Optimizer]:
+    """Dettmers et al. 2021 (arXiv:2110.02861): blocks of 256 numbers share a scale. A quarter of the memory. UserError
+    where it does not work."""
+    check_can_compile(device, "--adam8bit")  # its step is one kernel
     try:
         from torchao.optim import AdamW8bit
     except ImportError:

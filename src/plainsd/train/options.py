@@ -113,7 +113,8 @@ class Steps:
     checkpointing: Switch = False
     """gradient checkpointing: less memory, 30 to 55 % more time"""
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon: momentum, orthogonalized, for the matrices of hidden layers, and AdamW for the rest, at AdamW's rates"""
+    """vae, scratch, full: adamw, or muon: momentum, orthogonalized, for the matrices of hidden layers, and AdamW for
+    the rest, at AdamW's rates"""
     adam8bit: Switch = False
     """8-bit AdamW; needs torchao, and on a CPU a C++ compiler"""
     shard: Switch = False
@@ -175,10 +176,10 @@ class Prior:
 
 @dataclass
 class LoraOptions:
-    """Methods full and lora."""
+    """Method lora, and some for others too."""
 
     text_encoder: Switch = False
-    """train the text encoders too"""
+    """full, lora: train the text encoders too"""
     kind: Literal["lora", "loha", "lokr"] = "lora"
     """low-rank product (LoRA), elementwise product of two (LoHa), or Kronecker product (LoKr)"""
     rank: int = 16
@@ -193,7 +194,7 @@ class LoraOptions:
     dora: Switch = False
     """weight-decomposed (DoRA)"""
     half_base: Switch = False
-    """keep frozen weights in bfloat16: half the memory"""
+    """lora, inversion, controlnet: keep frozen weights in bfloat16, half the memory"""
     distill: float | None = None
     """latent consistency distillation, for 4 steps of the lcm sampler without guidance (an LCM-LoRA, or with method
     full a whole model): the guidance scale to imitate, such as 7.5"""
@@ -228,8 +229,8 @@ class FromScratch:
     model: Path | None = None
     """JSON file that describes the networks: the fields of plainsd.models.variants.Variant"""
     vae: Path | None = None
-    """scratch: folder of the trained autoencoder. full, lora, inversion: a folder or a file with another autoencoder
-    than that of --base"""
+    """scratch: folder of the trained autoencoder. full, lora, inversion, controlnet: a folder or a file with another
+    autoencoder than that of --base"""
     tokenizer: Path | None = None
     """scratch: folder with vocab.json and merges.txt"""
     carry: tuple[Path, ...] = ()
@@ -264,7 +265,8 @@ class TrainOptions:
     out: Path
     """folder of the run: log, curve, samples, checkpoints, and the result, which has the folder's name"""
     config: Path | None = None
-    """TOML file with any of these options, such as a run's run.toml; flags take precedence"""
+    """TOML file with any of these options, such as a run's run.toml; flags take precedence, and --no-NAME leaves out
+    what it says of NAME"""
     base: str | None = None
     """model to fine-tune: a folder, a file or a Hub repository id; the embedded one if not given. With methods vae and
     scratch, training starts from its weights if it is given"""

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from plainsd.errors import UserError
 from plainsd.train.checkpoints import checkpoints, save_checkpoint, saving
 from plainsd.train.log import Log, draw_curve
-from plainsd.train.loop import fit
+from plainsd.train.loop import save_when_due, unsaved
 from plainsd.train.options import FitOptions
 from plainsd.train.processes import World
 from plainsd.train.trainer import Method, Report, Trainer
@@ -76,8 +76,9 @@ def run_training(
     (its state is saved).
 
     `validate`, `sample` and `save` (of intermediate results, given their marks) are called with EMA weights, by the
-    first process only unless weights are sharded; with `before`, the first two also at step 0. `claim` is called after
-    all checks.
+    first process only unless weights are sharded; with `before`, the first two also at step 0. These are called after
+    the step's state is saved, and `save` before, so that no resume lacks a result. A sample that fails is reported, and
+    the run goes on. `claim` is called after all checks.
     """
     trainer = Trainer(method, options, world)
     diary = Diary(folder, rhythm, options.steps, tensorboard, world.device) if world.first else None
@@ -88,9 +89,11 @@ def run_training(
             if diary:
                 diary.begin(0)
             look(0)
-        for report in fit(method, pictures, options, folder / "checkpoints", trainer):
+        for report in unsaved(method, pictures, options, folder / "checkpoints", trainer):
             if diary:
                 diary.note(report)
+            look.save_results(report.step)
+            save_when_due(trainer, report, folder / "checkpoints")
             look(report.step)
             if world.any(bool(stop)):
                 save_checkpoint(trainer, folder / "checkpoints")
@@ -102,7 +105,7 @@ def run_training(
 
 @dataclass
 class Look:
-    """Validates and samples when due: `look(step)`."""
+    """Validates and samples when due: `look(step)`; writes intermediate results: `look.save_results(step)`."""
 
     trainer: Trainer
     folder: Path
@@ -112,10 +115,14 @@ class Look:
     sample: Callable[[Path], None] | None
     save: Callable[[str], None] | None = None
 
+    @property
+    def takes_part(self) -> bool:
+        """Only with weights in parts does it take all processes."""
+        return self.diary is not None or self.trainer.world.sharded
+
     def __call__(self, step: int) -> None:
         diary, trainer, last = self.diary, self.trainer, self.trainer.options.steps
-        sample, save = self.sample, self.save
-        if not diary and not trainer.world.sharded:  # only with its weights in parts does it take all processes
+        if not self.takes_part:
             return
         if self.validate and self.rhythm.due("validate", step, last):
             found = with_average(trainer, self.validate)
@@ -123,14 +130,27 @@ class Look:
                 diary.write({"step": step} | found)
         if diary and step and self.rhythm.due("validate", step, last):
             diary.draw()
-        if sample and self.rhythm.due("sample", step, last):
+        if self.sample and self.rhythm.due("sample", step, last):
+            with_average(trainer, partial(self._draw, self.sample, step))
+
+    def _draw(self, sample: Callable[[Path], None], step: int) -> None:
+        place = self.folder / "samples" / f"step-{step:08d}.png"
+        try:
             with saving("a sample grid"):
-                (self.folder / "samples").mkdir(exist_ok=True)
-                with_average(trainer, lambda: sample(self.folder / "samples" / f"step-{step:08d}.png"))
-        if save:
-            for mark in self.rhythm.marks(step, last):
+                place.parent.mkdir(exist_ok=True)
+                sample(place)
+        except (UserError, torch.OutOfMemoryError) as error:
+            if self.trainer.world.sharded and not isinstance(error, UserError):  # the other processes wait for this one
+                raise
+            if self.diary:
+                why = error.what if isinstance(error, UserError) else "out of memory"
+                tqdm.write(f"no samples of step {step}: {why}; the training goes on")  # on a line without the bar
+
+    def save_results(self, step: int) -> None:
+        if self.save and self.takes_part:
+            for mark in self.rhythm.marks(step, self.trainer.options.steps):
                 with saving("a result on the way"):
-                    with_average(trainer, partial(save, mark))
+                    with_average(self.trainer, partial(self.save, mark))
 
 
 class Diary:
@@ -145,8 +165,8 @@ class Diary:
         self.board: Any = None  # a SummaryWriter
         self.window: list[Report] = []
         self.bar: tqdm | None = None
-        if tensorboard and not importlib.util.find_spec("tensorboard"):
-            raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
+        if tensorboard:
+            check_tensorboard()
         if not importlib.util.find_spec("matplotlib"):
             print(
                 "matplotlib is not installed, so there will be no curve.png; pip install 'plainsd[train]'",
@@ -197,6 +217,11 @@ class Diary:
         if self.curve:
             with saving("the curve"):
                 draw_curve(self.log.path, self.curve)
+
+
+def check_tensorboard() -> None:
+    if not importlib.util.find_spec("tensorboard"):
+        raise UserError("TensorBoard is not installed; pip install 'plainsd[train]', or leave --tensorboard out")
 
 
 def with_average(trainer: Trainer, task: Callable):

@@ -65,7 +65,7 @@ class Reader:
 
     def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B, M, D), and where the UNet reads it the pooled state (B, P). An empty caption is all zeros to SDXL's base
-        model, as it is when pictures are made."""
+        model unless the model says otherwise (`Variant.force_zeros`), as it is when pictures are made."""
         coded = encode_prompts(self.sd, [[Weighted(caption)] for caption in captions])
         context = self._cut(coded.context)
         if coded.vector is None:
@@ -73,7 +73,7 @@ class Reader:
         config = self.sd.text_encoders[-1].config
         width = config.projection or config.width
         pooled = coded.vector[:, :width]
-        if (self.sd.unet.config.vector or 0) - width == 6 * SINUSOID:
+        if self.sd.variant.force_zeros and (self.sd.unet.config.vector or 0) - width == 6 * SINUSOID:
             said = torch.tensor([bool(caption) for caption in captions], device=context.device)
             context, pooled = context * said[:, None, None], pooled * said[:, None]
         return context, pooled

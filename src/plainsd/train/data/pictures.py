@@ -21,7 +21,7 @@ from plainsd.errors import UserError
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture, to_tensor
 from plainsd.train.data.crops import Framing, View, cut_out, view_of
-from plainsd.train.data.folders import found_in
+from plainsd.train.data.folders import Reading, found_in
 from plainsd.train.data.heldout import chosen_pictures, digests
 
 SOME_COMPUTED = 2000  # pictures whose captions stand for those of all computed ones
@@ -214,15 +214,19 @@ def read_pictures(
     one; `text_column` is the key of captions in metadata.jsonl. `known`: a cache file of checked pictures. `without`:
     files and folders to skip.
     """
-    folder = Path(folder)
-    found = found_in(folder, without, say, text_column)
+    found = items_of(Path(folder), Reading(caption, text_column=text_column, without=tuple(without)), repeats, say)
+    return PictureSet(scan(found[:limit], str(folder), bad_share, check, known, say), size)
+
+
+def items_of(
+    folder: Path, reading: Reading, repeats: int, say: Callable[[str], None]
+) -> list[tuple[Entry, str | None]]:
+    """The pictures of a folder, each with what is wrong with it already, or None. UserError where there are none."""
+    found = found_in(folder, reading.without, say, reading.text_column)
     if not found:
         raise UserError(f"{folder}: no pictures; put metadata.jsonl there, or pairs such as cat.png and cat.txt")
-    spare = (caption,) if caption else ()
-    entries = [
-        (Item(one.path, one.texts or spare, repeats, None, one.mask, one.map), one.fault) for one in found[:limit]
-    ]
-    return PictureSet(scan(entries, str(folder), bad_share, check, known, say), size)
+    spare = (reading.caption,) if reading.caption else ()
+    return [(Item(one.path, one.texts or spare, repeats, None, one.mask, one.map), one.fault) for one in found]
 
 
 # ---- checking

@@ -62,6 +62,8 @@ def changes(now: Sequence[str], run: Path, part: str) -> str | None:
     what, how = RECORDED[part]
     remedy = f"remove it, and {run} goes on without knowing whether its pictures have changed"
     before = read_json(run / RECORD, remedy).get(part) if (run / RECORD).is_file() else None
+    if before is None and not now:
+        return None
     if before is None:
         return f"{run} did not write down its {what}, as of an older version: whether they have changed is not known"
     if not isinstance(before, list) or not all(isinstance(one, str) for one in before):
@@ -70,10 +72,10 @@ def changes(now: Sequence[str], run: Path, part: str) -> str | None:
     if list(now) == before:
         return None
     changed = f"{came.total()} new or with another caption or mask, {went.total()} gone or changed"
-    if part == "prompts":
-        changed = f"{came.total()} new, {went.total()} gone"
-    elif not came and not went:
+    if not came and not went:
         changed = "they come in another order"
+    elif part == "prompts":
+        changed = f"{came.total()} new, {went.total()} gone"
     return f"the {what} are not those that {run} {how} so far: {changed}; it goes on with these"
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from plainsd.errors import UserError
 from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
 from plainsd.train.data.folders import METADATA, PLAIN_READING, Reading, first_few, is_picture, kohya_folders, refused
-from plainsd.train.data.pictures import PictureSet, joined_sets, read_pictures, scan
+from plainsd.train.data.pictures import Entry, PictureSet, items_of, scan
 from plainsd.train.data.scenes import SCENE_PREFIX, read_scenes
 from plainsd.train.data.tables import dataset_rows, fetched_rows
 
@@ -33,13 +33,7 @@ def read_source(
     source: str, size: int, cache: Path, reading: Reading = PLAIN_READING, say: Callable[[str], None] = print
 ) -> PictureSet:
     """The pictures of one source, checked. `cache` is a folder for downloads, conversions and scans."""
-    return read_place(*parse_source(source), size, cache, reading, say)
-
-
-def read_place(
-    place: str, repeats: int, size: int, cache: Path, reading: Reading, say: Callable[[str], None]
-) -> PictureSet:
-    """A source without the number of repeats, and that number."""
+    place, repeats = parse_source(source)
     if place.startswith(SCENE_PREFIX):
         if reading.caption or reading.stream or reading.text_column or reading.picture_column:
             raise UserError(
@@ -47,13 +41,23 @@ def read_place(
                 "--picture-column"
             )
         return PictureSet(read_scenes(place, heldout=reading.heldout, limit=reading.limit, repeats=repeats), size)
-    path, known = Path(place.removeprefix(KOHYA_PREFIX)), cache / "scanned.json"
+    found = found_at(place, repeats, cache, reading, say)[: reading.limit]
+    return PictureSet(scan(found, place, reading.bad_share, known=cache / "scanned.json", say=say), size)
+
+
+def found_at(
+    place: str, repeats: int, cache: Path, reading: Reading, say: Callable[[str], None]
+) -> list[tuple[Entry, str | None]]:
+    """The pictures of a source, given without the number of repeats, and that number; each with what is wrong with it
+    already, or None."""
+    path = Path(place.removeprefix(KOHYA_PREFIX))
     if place.startswith(KOHYA_PREFIX):
         parts = kohya_parts(path, reading, say)
-        return joined_sets(
-            read_place(str(part), repeats * times, size, cache, replace(reading, caption=caption), say)
+        return [
+            one
             for part, times, caption in parts
-        )
+            for one in found_at(str(part), repeats * times, cache, replace(reading, caption=caption), say)
+        ]
     kind, files = source_kind(path, reading.without)
     if kind is None and not path.exists() and not HUB_NAME.fullmatch(place):
         raise UserError(
@@ -63,29 +67,14 @@ def read_place(
     if kind == "folder":
         for named, _, _ in [] if file_named(path, METADATA) else kohya_folders(path)[:1]:
             say(f"{path}: {named.name!r} is read like any folder; with --data 'kohya:{path}' its name counts")
-        pictures = read_pictures(
-            path,
-            size,
-            bad_share=reading.bad_share,
-            caption=reading.caption,
-            text_column=reading.text_column,
-            repeats=repeats,
-            known=known,
-            limit=reading.limit,
-            without=reading.without,
-            say=say,
-        )
-    elif reading.stream:
+        return items_of(path, reading, repeats, say)
+    if reading.stream:
         folder = fetched_rows(place, kind, files, cache, reading)
-        pictures = read_pictures(
-            folder, size, bad_share=reading.bad_share, caption=reading.caption, repeats=repeats, known=known, say=say
-        )
-    else:
-        rows = [(replace(row, repeats=repeats), None) for row in dataset_rows(place, kind, files, cache, reading)]
-        if not rows:
-            raise UserError(f"{place}: no rows; give a dataset with pictures")
-        pictures = PictureSet(scan(rows, place, reading.bad_share, known=known, say=say), size)
-    return pictures
+        return items_of(folder, Reading(reading.caption), repeats, say)
+    rows = dataset_rows(place, kind, files, cache, reading)
+    if not rows:
+        raise UserError(f"{place}: no rows; give a dataset with pictures")
+    return [(replace(row, repeats=repeats), None) for row in rows]
 
 
 def kohya_parts(folder: Path, reading: Reading, say: Callable[[str], None]) -> list[tuple[Path, int, str]]:
@@ -122,6 +111,14 @@ def is_listed(source: str) -> bool:
 def folder_of(source: str) -> Path:
     """Where a source's files lie."""
     return Path(parse_source(source)[0].removeprefix(KOHYA_PREFIX))
+
+
+def real_source(source: str) -> str:
+    """A source with the real path of what it names, and its repeats: `cats`, `./cats/` and `cats:1` are the same."""
+    place, repeats = parse_source(source)
+    prefix = next((one for one in (SCENE_PREFIX, KOHYA_PREFIX) if place.startswith(one)), "")
+    path = Path(place.removeprefix(prefix))
+    return f"{prefix}{path.resolve() if path.exists() else path}:{repeats}"
 
 
 def parse_source(source: str) -> tuple[str, int]:

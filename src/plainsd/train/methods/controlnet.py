@@ -38,14 +38,20 @@ def controlnet(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             net = control_of(sd.unet, hint_widths(sd.vae.config.factor)).float()
-    elif reason := mismatch(net, sd):
-        raise UserError(f"the ControlNet to go on from does not fit the model: {reason}")
-    elif net.control.kinds:
-        raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")
+    else:
+        check_start(net, sd)
     modules = nn.ModuleDict({"net": net}).to(sd.device).requires_grad_(True).train()
     reader = Reader(sd, chunks=chunks)
     examples = replace(examples, mapped=True)
     return FineTune(sd, examples, modules, reader, objective, network=partial(followed, sd.unet, net))
+
+
+def check_start(net: ControlNet, sd: StableDiffusion) -> None:
+    """A UserError where training cannot go on from a net."""
+    if reason := mismatch(net, sd):
+        raise UserError(f"the ControlNet to go on from does not fit the model: {reason}")
+    if net.control.kinds:
+        raise UserError("a union net is for several kinds of maps, and training knows those for one; give another")
 
 
 def check_maps(pictures: PictureSet, kind: str = "pictures") -> None:
