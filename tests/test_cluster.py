@@ -253,8 +253,11 @@ def test_wrong_flags_are_one_line(tmp_path, capsys):
         (["--cluster", "--workers", "0"], "workers 0 is out of range"),
         (["--cluster", "a:1", "b:2", "--workers", "1"], "takes one address"),
         (["--cluster", "--workers", "1", "--gpus-per-worker", "1.5"], "a whole number, or a fraction below 1"),
+        (["--cluster", "--workers", "1", "--gpus-per-worker", "0.00009"], "below 1 and not below 0.0001"),
         (["--cluster", "ray://head:10001", "--workers", "1"], "Ray's client protocol"),
         (["--cluster", "head", "--workers", "1"], "is no address"),
+        (["--cluster", "a..b:6379", "--workers", "1"], "'a..b:6379' is no address"),
+        (["--cluster", f"{'a' * 64}.org:6379", "--workers", "1"], "is no address"),
         (["--cluster", f"127.0.0.1:{free_port()}", "--workers", "1"], "nothing answers there"),
     ):  # fmt: skip
         assert main(["serve", "--data", str(tmp_path / "data"), "--port", "0", *flags]) == 2
@@ -290,6 +293,34 @@ def test_a_worker_that_has_no_room_is_named(ray):
     with pytest.raises(UserError, match="a worker needs 4000 CPUs, and no machine of the cluster has more than 4 CPUs"):
         check_room(Share(4000))
     assert share_of(2, None, None) == Share(2) and share_of(8, None, None) == Share(1)
+
+
+@pytest.mark.parametrize(
+    "cpus, workers, part",
+    [([8], 2, 4), ([8, 8], 1, 8), ([8, 8], 2, 8), ([8, 8], 3, 4), ([8, 4], 2, 4), ([8, 4, 0.5], 3, 4), ([2], 3, 1),
+     ([0.5, 0], 1, 1), ([], 1, 1)],
+)  # fmt: skip
+def test_an_equal_part_fits_on_machines(monkeypatch, cpus, workers, part):
+    """A worker is on one of them. Machines that have gone count for nothing."""
+    nodes = [{"Alive": True, "Resources": {"CPU": count} if count else {}} for count in cpus]
+    nodes.append({"Alive": False, "Resources": {"CPU": 64, "GPU": 8}})
+    monkeypatch.setattr(connecting, "imported_ray", lambda: SimpleNamespace(nodes=lambda: nodes))
+    assert share_of(workers, None, None) == Share(part)
+    if part <= max(cpus, default=0):
+        check_room(share_of(workers, None, None))
+    nodes.append({"Alive": True, "Resources": {"CPU": 1, "GPU": 1}})
+    assert share_of(workers, None, None) == Share(1, 1.0) and share_of(workers, 3, 0.5) == Share(3, 0.5)
+
+
+def test_another_cluster_than_this_process_is_in_is_refused(ray, monkeypatch):
+    monkeypatch.setattr(connecting, "check_address", lambda address: None)
+    monkeypatch.setattr(connecting, "check_head", lambda address: None)
+    head = connect()
+    assert head == connect(head) == connect("auto") == connect(connecting.LOCAL)
+    monkeypatch.setitem(connecting.joined, "localhost:6379", head)
+    assert connect("localhost:6379") == head
+    with pytest.raises(UserError, match=f"--cluster 10.9.9.9:6379: this process is in the Ray cluster at {head}; give"):
+        connect("10.9.9.9:6379")
 
 
 def test_other_versions_are_refused(ray, monkeypatch):
@@ -461,6 +492,32 @@ def test_what_is_no_fault_of_the_task_is_no_input_error(host_of):
     for error in (KeyError("x"), DiskError(Path("x"), "full")):
         failure = list(host.run(0, error))[-1]
         assert not failure.asked and failure.kind == type(error).__name__ and "Traceback" in failure.trace
+
+
+@pytest.mark.parametrize("value", [1.5, "x", (512, 8), object()], ids=["number", "text", "size", "other"])
+def test_an_error_arrives_whole(host_of, value):
+    """Its message, field, value and entry; a value that is no text or number stays where it is."""
+
+    def tool(task):
+        yield 1
+        raise UserError("wrong; choose from " + ", ".join(f"name-{k}" for k in range(200)),
+                        field="loras", value=value, entry=3, most=10**4)  # fmt: skip
+
+    failure = list(host_of(tool).run(0, "x"))[-1]
+    error = RemoteWorker.error_of(SimpleNamespace(name="worker-0"), failure)
+    assert type(error) is UserError and str(error).endswith("name-198, name-199")
+    assert (error.field, error.entry) == ("loras", 3)
+    assert error.value == (value if type(value) is not object else None)
+    with pytest.raises(UserError, match="^the worker on there: wrong; .*name-100,.*name-199$"):
+        raise failure.error("the worker on there: ")
+
+
+def test_a_servers_first_error_arrives_whole():
+    def start():
+        raise UserError("wrong; choose from " + 500 * "x, ", most=10**4)
+
+    with pytest.raises(UserError, match="^wrong; choose from (x, ){500}$"):
+        Cluster(Share(1), 1).start([SimpleNamespace(start=start, close=lambda: None, ready=False)])
 
 
 def test_what_cannot_be_made_is_a_failure_too():
@@ -635,6 +692,8 @@ def test_a_run_knows_the_files_that_it_read(models, tmp_path):
         path.write_bytes(b"x")
         os.utime(path, ns=(old.st_atime_ns, old.st_mtime_ns))
         assert digest_of_run(setup, ["p"], {}) == first, path
+    elsewhere = DrawingSetup(replace(command, device="cuda"), "cpu", [(lora, 1.0)], [], {}, (), ())
+    assert digest_of_run(elsewhere, ["p"], {}) != first  # which may have another precision
     embedded, hub = (DrawingSetup(GenerateFlags(model=name), "cpu", [], [], {}, (), ()) for name in (None, "a/b"))
     assert digest_of_run(embedded, ["p"], {}) != digest_of_run(hub, ["p"], {})
 
@@ -908,9 +967,11 @@ def children(process):
 def test_a_worker_that_hangs_is_given_up(server, monkeypatch):
     monkeypatch.setattr(worker_module, "SILENCE", 2.0)
     monkeypatch.setattr(worker_module, "ANSWER", 2.0)
-    id = server.job(prompt="hangs", steps=150, count=2)["id"]
+    idle = server.service.queue.idle
+    until(lambda: len(idle) == WORKERS, 60)
+    id = server.job(prompt="hangs", steps=150)["id"]
     until_drawing(server, id)
-    victim = next(drawer for drawer in drawers(server) if server.service.queue.get(id) and drawer.ready)
+    (victim,) = (drawer for drawer in drawers(server) if drawer.place not in idle)  # one picture: one has it
     process = victim.worker.process
     os.kill(process, signal.SIGSTOP)
     try:

@@ -33,6 +33,21 @@ from plainsd.train.options import FitOptions
 from plainsd.train.trainer import Trainer
 
 
+def test_a_user_without_a_home_keeps_nothing(monkeypatch):
+    """As a number without a name, in a container: the cache is a folder that cannot be made, and not one for all."""
+
+    def nobody(number):
+        raise KeyError(number)
+
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    folder = disk.cache_folder()
+    assert disk.first_time("said each time") and disk.first_time("said each time") and not folder.exists()
+    with pytest.raises(DiskError), written_whole(folder / "hashes.json"):
+        pass
+
+
 def picture(place: Path, version: int) -> None:
     write_png(smooth_picture(16), place / "a.png", Settings(seed=version))
 

@@ -9,10 +9,8 @@ import ctypes
 import errno
 import math
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +20,23 @@ import torch.nn.functional as F
 from conftest import tiny_sd
 from test_speed import assert_as_exact, relative
 
+from plainsd import disk
 from plainsd.models.layers import Attention, ResBlock, norm_silu
 from plainsd.models.unet import geglu
 from plainsd.speed import building, kernels, model, training
 from plainsd.speed.packed import PackedResBlock
 
+
+def has_compiler():
+    try:
+        return bool(building.compiler_command())
+    except building.Unavailable:
+        return False
+
+
 pytestmark = [
     pytest.mark.skipif(not kernels.suit(torch.float32), reason="kernels.cpp is for AVX-512"),
-    pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="no C++ compiler"),
+    pytest.mark.skipif(not has_compiler(), reason="no C++ compiler"),
 ]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
@@ -92,7 +99,7 @@ def emulated_amx(tmp_path_factory):
     include = ("-include", str(Path(__file__).with_name("amx_emulated.h")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(building, "FLAGS", (*STRICT, *building.FLAGS, *include))
-        building._compile(building.compiler_path(), building.source_code(), path)
+        building._compile(building.compiler_command(), building.source_code(), path)
     return building.typed(ctypes.CDLL(str(path)))
 
 
@@ -164,6 +171,28 @@ def test_where_attention_is_pytorchs(case, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("case", ["batch", "heads", "wide values", "dtype"])
+def test_what_pytorch_broadcasts_or_refuses_is_pytorchs(case, monkeypatch):
+    """In inference and in training: the kernel would read beside the keys, or take their bits for other numbers."""
+    monkeypatch.setattr(kernels, "pays", lambda *shape: True)
+    monkeypatch.setattr(kernels, "MIN_TRAINING_SIZE", 0)
+    for name in ("_attention", "_Attend"):
+        monkeypatch.setattr(kernels, name, None)
+    q, k, v = torch.randn(3, 2, 2, 60, 16).bfloat16().unbind(0)
+    if case == "batch":
+        k, v = k[:1], v[:1]
+    if case == "heads":
+        k, v = k[:, :1], v[:, :1]
+    if case == "wide values":
+        v = torch.cat([v, v], -1)
+    for attend in (kernels.attention, kernels.trained_attention):
+        if case == "dtype":
+            with pytest.raises(RuntimeError, match="same dtype"):
+                attend(q, k.float(), v)
+        else:
+            assert torch.equal(attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
 @DTYPES
 @pytest.mark.parametrize(
     "m, k, n",
@@ -189,6 +218,94 @@ def test_linear_reads_nothing_beside_its_weight(dtype):
     for x in (torch.randn(2, 64, dtype=other), torch.randn(2, 62).to(dtype), torch.randn(2, 64).half()):
         with pytest.raises(RuntimeError, match="does not fit the packed weight"):
             kernels.linear(x, packed, 24, None)
+    with pytest.raises(RuntimeError, match="does not fit the packed weight"):
+        kernels.linear(torch.randn(2, 64).to(dtype), packed, 33, None)
+
+
+@DTYPES
+def test_what_does_not_fit_is_refused(dtype):
+    """A kernel would read beside it: biases, factors, shifts and weights of another shape or dtype."""
+    other = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[dtype]
+    maps, x, packed = (
+        torch.randn(2, 8, 3, 3).to(dtype),
+        torch.randn(3, 16).to(dtype),
+        kernels.packed_weight(torch.eye(16).to(dtype)),
+    )
+    group, layer = torch.nn.GroupNorm(2, 8).requires_grad_(False), torch.nn.LayerNorm(16).requires_grad_(False)
+    for shift in (torch.zeros(2, 8, dtype=other), torch.zeros(1, 8, dtype=dtype), torch.zeros(2, 4, dtype=dtype)):
+        for over in (False, True):
+            with pytest.raises(RuntimeError, match="the kernel needs"):
+                kernels.fused_norm_silu(group, maps.clone(), shift, over=over)
+    for bad in (torch.zeros(16, dtype=other), torch.zeros(8, dtype=dtype)):
+        with pytest.raises(RuntimeError, match="the kernel needs"):
+            kernels.linear(x, packed, 16, bad)
+        with pytest.raises(RuntimeError, match="the kernel needs"):
+            kernels.linear(x, packed, 16, None, "times", bad.expand(3, -1))
+    for run in (
+        lambda: kernels.fused_norm_silu(group, torch.cat([maps, maps], 1)),
+        lambda: kernels.layer_norm(layer, torch.cat([x, x], 1)),
+        lambda: kernels.layer_norm(torch.nn.LayerNorm(16).double().requires_grad_(False), x),
+    ):
+        with pytest.raises(RuntimeError, match="the kernel needs"):
+            run()
+    for bad in (maps.half(), maps.to("meta")):
+        with pytest.raises(RuntimeError, match="the kernels do not work in"):
+            kernels.group_norm(group, bad)
+    every_second = torch.randn(32).to(dtype)[::2]
+    assert torch.equal(
+        kernels.linear(x, packed, 16, every_second), kernels.linear(x, packed, 16, every_second.contiguous())
+    )
+
+
+def test_no_gradient_is_lost_without_a_word():
+    """Kernels for inference have none; those for training do."""
+    x, maps = torch.randn(3, 16).requires_grad_(), torch.randn(2, 8, 3, 3).requires_grad_()
+    packed, group, layer = kernels.packed_weight(torch.eye(16)), torch.nn.GroupNorm(2, 8), torch.nn.LayerNorm(16)
+    calls = [
+        lambda: kernels.linear(x, packed, 16, None),
+        lambda: kernels.linear(x.detach(), packed, 16, layer.bias),
+        lambda: kernels.layer_norm(layer, x.detach()),
+        lambda: kernels.group_norm(group.requires_grad_(False), maps),
+        lambda: kernels.fused_norm_silu(group, maps),
+        lambda: kernels.fused_norm_silu(group, maps.contiguous(memory_format=torch.channels_last), over=True),
+    ]
+    for call in calls:
+        with pytest.raises(RuntimeError, match="a packed model has no gradients; call plainsd.speed.plain_again first"):
+            call()
+    with torch.no_grad():
+        assert not any(call().requires_grad for call in calls)
+    kernels.trained_norm(group, maps).square().sum().backward()
+    assert maps.grad.any()
+
+
+NO_MEMORY = """
+import ctypes, torch
+from plainsd.speed.building import library
+many, nothing, strides = 2**50, 5 * [None], (ctypes.c_long * 24)()
+for name, arguments in (
+    ("attend", (32, 0, *nothing, strides, 1, 1, 1, many, 8, 1.0, 1)),
+    ("attend", (32, 0, *nothing, strides, 1, 1, 1, 0, many, 1.0, 1)),  # within a thread
+    ("attend_back", ((ctypes.c_void_p * 8)(), strides, None, 1, 1, many, 1, 8, 1.0, 2)),
+    ("norm_silu", (32, None, *nothing, 1, many, 8, 1, 1e-5, 1, 1)),
+    ("norm_silu_back", (32, *3 * [None], *nothing, 1, many, 8, 1, 1, 1)),
+):
+    try:
+        getattr(library(), name)(*arguments)
+    except torch.OutOfMemoryError as error:
+        print(error)
+"""
+
+
+def test_a_kernel_that_finds_no_memory_does_not_end_the_process():
+    """For more than any machine has, in a process of its own."""
+    done = in_process(NO_MEMORY)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines() == 5 * ["out of memory in a kernel; try less at once"]
+
+
+def in_process(code):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
 
 
 @DTYPES
@@ -290,6 +407,11 @@ def test_geglu_and_its_gradients(dtype, shape):
     expected.backward(dy.double()), found.backward(dy)
     for one, right in ((found, expected), (x.grad, wide.grad)):
         assert relative(one.double(), right) < rounding(dtype) + 3e-7
+
+
+def test_of_an_odd_width_there_is_no_geglu():
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        kernels.trained_geglu(torch.randn(2, 5))
 
 
 @pytest.mark.skipif(not kernels.suit(torch.bfloat16), reason="a processor without AVX512_BF16")
@@ -463,10 +585,11 @@ def test_it_is_told_before_they_are_compiled(own_cache, monkeypatch):
 
 def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monkeypatch):
     """A home folder may be shared by machines with other processors."""
-    compilers = [tmp_path / "one", tmp_path / "two"]
-    for compiler in compilers:
-        compiler.write_text(f"#!/bin/sh\necho {compiler.name}\n")
-        compiler.chmod(0o755)
+    scripts = [tmp_path / "one", tmp_path / "two"]
+    for script in scripts:
+        script.write_text(f"#!/bin/sh\necho {script.name}\n")
+        script.chmod(0o755)
+    compilers = [(str(script), *flags) for script in scripts for flags in ((), ("-m64",))]
 
     class Processor:
         def __init__(self, path):
@@ -484,28 +607,39 @@ def test_compiled_files_are_told_apart_by_all_that_they_depend_on(tmp_path, monk
                     for version in ("2.13.0", "2.14.0"):
                         monkeypatch.setattr(building, "FLAGS", flags)
                         monkeypatch.setattr(torch, "__version__", version)
-                        keys += [building._build_key(source, str(compiler)) for _ in range(2)]
-    assert len(set(keys)) == 32 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
+                        keys += [building._build_key(source, compiler) for _ in range(2)]
+    assert len(set(keys)) == 64 and all(a == b for a, b in zip(keys[::2], keys[1::2], strict=True))
 
 
 def test_a_damaged_file_is_compiled_anew(own_cache):
-    source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
-    kept = own_cache / f"kernels-{building._build_key(source, building.compiler_path())}.so"
+    kept = building.kept_file(building.source_code(), building.compiler_command())
     own_cache.mkdir()
     kept.write_bytes(b"\x7fELF, as far as the disk had room")
+    assert not building.is_compiled()
     kernels.library()
     assert list(own_cache.iterdir()) == [kept] and kept.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("why", ["no folder can be made there", "the folder is read-only"])
+def test_a_file_that_was_cut_off_is_compiled_anew(own_cache):
+    """One that begins as it should would end the process that loads it: here another one."""
+    kernels.library()
+    (kept,) = own_cache.iterdir()
+    whole = kept.read_bytes()
+    kept.unlink()  # this process has it open
+    kept.write_bytes(whole[: len(whole) // 2])
+    done = in_process("from plainsd.speed import building; print(building.is_compiled(), bool(building.library()))")
+    assert done.returncode == 0 and done.stdout.split() == ["False", "True"]
+    assert building.is_whole(kept) and list(own_cache.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("why", ["no folder can be made there", "the disk is full"])
 def test_a_home_that_cannot_be_written(own_cache, monkeypatch, why):
     """The kernels are compiled for this process alone, and one line says so, once; nothing is left behind."""
     if why.startswith("no"):
         own_cache.write_text("a file in the folder's place")
     else:
-        own_cache.mkdir()
-        monkeypatch.setattr(building.tempfile, "TemporaryDirectory", refused_in(own_cache))
-    with pytest.warns(UserWarning, match="compiled anew by each process, since .* cannot be written") as said:
+        monkeypatch.setattr(disk, "flush", full)
+    with pytest.warns(UserWarning, match="compiled anew by each process, since .* cannot keep them") as said:
         assert kernels.have_kernels(torch.float32) and kernels.have_kernels(torch.float32)
     assert len(said) == 1
     x, packed = torch.randn(3, 8), kernels.packed_weight(torch.eye(8))
@@ -513,28 +647,18 @@ def test_a_home_that_cannot_be_written(own_cache, monkeypatch, why):
     assert not own_cache.is_dir() or not list(own_cache.iterdir())
 
 
-def refused_in(folder):
-    """tempfile.TemporaryDirectory on a disk that is read-only in `folder` (root may write wherever modes forbid it)."""
-    made = tempfile.TemporaryDirectory
-
-    def make(*, dir=None, **named):
-        if dir == folder:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(dir))
-        return made(dir=dir, **named)
-
-    return make
+def full(path):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
-def test_a_temporary_folder_that_runs_no_code(own_cache, monkeypatch):
-    """And a home that cannot be written: no kernels, and the reason in one line."""
+def test_folders_that_run_no_code(own_cache, monkeypatch):
+    """Nor a home that cannot be written: no kernels, and the reason in one line."""
     own_cache.write_text("a file in the folder's place")
     monkeypatch.setattr(building, "_compile", lambda compiler, source, path: path.write_bytes(b"not to be mapped"))
     with pytest.warns(UserWarning) as said:
         assert not kernels.have_kernels(torch.float32)
-    assert [str(one.message).split(":")[0] for one in said][
-        -1
-    ] == "slower than it could be, without the kernels in kernels.cpp"
-    assert len(said) == 2
+    (said,) = (str(one.message) for one in said)
+    assert said.startswith("slower than it could be, without the kernels in kernels.cpp: ") and "kernels.so" in said
 
 
 BUILD = """
@@ -572,7 +696,7 @@ def test_it_compiles_for_other_processors(tmp_path, monkeypatch, processor, know
     assert building.FLAGS[1] == "-march=native"
     monkeypatch.setattr(building, "FLAGS", (*STRICT, building.FLAGS[0], f"-march={processor}", *building.FLAGS[2:]))
     source = Path(building.__file__).with_name("kernels.cpp").read_bytes()
-    building._compile("c++", source, tmp_path / "kernels.so")
+    building._compile(("c++",), source, tmp_path / "kernels.so")
     tilerelease = bytes.fromhex("c4e27849c0")
     assert (tilerelease in (tmp_path / "kernels.so").read_bytes()) == (processor == "sapphirerapids")
     if processor == "skylake-avx512":
@@ -587,3 +711,52 @@ def test_a_compiler_that_does_not_know_the_processor(own_cache, tmp_path, monkey
     monkeypatch.setenv("CXX", str(old))
     with pytest.warns(UserWarning, match="slower than it could be.*does not know this processor's bfloat16"):
         assert not kernels.have_kernels(torch.bfloat16)
+
+
+def test_a_compiler_that_cannot_be_started(own_cache, tmp_path, monkeypatch):
+    """Of another kind of machine, for instance."""
+    other = tmp_path / "c++"
+    other.write_bytes(b"\x7fELF of another machine")
+    other.chmod(0o755)
+    monkeypatch.setenv("CXX", str(other))
+    assert not kernels.to_be_compiled(torch.float32)
+    with pytest.warns(UserWarning, match=r"slower than it could be.*c\+\+ cannot be started \("):
+        assert not kernels.have_kernels(torch.float32)
+
+
+def test_a_compiler_with_flags(own_cache, monkeypatch):
+    """As `ccache g++` or `g++ -m64`; where nothing is said, c++."""
+    named = building.compiler_command()
+    monkeypatch.setenv("CXX", f"env {' '.join(named)} -m64")
+    assert building.compiler_command()[1:] == (*named, "-m64") and kernels.have_kernels(torch.float32)
+    monkeypatch.setenv("CXX", "c++")
+    usual = building.compiler_command()
+    for nothing in ("", " "):
+        monkeypatch.setenv("CXX", nothing)
+        assert building.compiler_command() == usual
+    monkeypatch.setenv("CXX", "g++ '-m64")
+    with pytest.raises(building.Unavailable, match="CXX=g.*is no command"):
+        building.compiler_command()
+
+
+def test_attention_written_out_is_pytorchs_with_more_than_q_k_and_v():
+    """A mask, another scale, groups of heads: what the short form knows nothing of."""
+    q, k, v = torch.randn(3, 1, 4, 6, 8).unbind(0)
+    mask = torch.rand(6, 6) > 0.5
+    mask[:, 0] = True
+    attend = F.scaled_dot_product_attention
+    calls = [
+        lambda: attend(q, k, v, mask),
+        lambda: attend(q, k, v, attn_mask=mask),
+        lambda: attend(q, k, v, scale=0.1),
+        lambda: attend(q, k[:, :2], v[:, :2], enable_gqa=True),
+        lambda: attend(q, k, v, is_causal=True),
+        lambda: attend(query=q, key=k, value=v),
+    ]
+    for call in calls:
+        expected = call()
+        with training.WrittenOut():
+            assert torch.equal(call(), expected)
+    with training.WrittenOut():
+        short = attend(q, k, v, is_causal=False)
+        assert torch.equal(short, torch.softmax((q * 8**-0.5) @ k.transpose(-1, -2), -1) @ v)

@@ -1,6 +1,5 @@
 """The kernels as operators of PyTorch's: what torch.compile, torch.export and fake tensors make of them."""
 
-import os
 import shutil
 
 import pytest
@@ -12,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from plainsd.models.layers import Attention, ResBlock
 from plainsd.models.unet import FeedForward
-from plainsd.speed import kernels, model, packed, training
+from plainsd.speed import building, kernels, model, packed, training
 
 WITH_KERNELS = pytest.mark.skipif(
-    not kernels.suit(torch.float32) or shutil.which(os.environ.get("CXX", "c++")) is None,
+    not kernels.suit(torch.float32) or shutil.which(building.compiler_command()[0]) is None,
     reason="kernels.cpp is for AVX-512, and needs a C++ compiler",
 )
 DTYPES = [torch.float32, torch.bfloat16]

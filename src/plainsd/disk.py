@@ -197,8 +197,11 @@ def read_text_file(path: Path, remedy: str = "download it again") -> str:
 
 
 def cache_folder() -> Path:
-    """The user's cache folder. It may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+    """The user's cache folder. It may not exist yet; of a user without a home it is one that cannot be made."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plainsd"
+    except RuntimeError:  # into a folder for all users anyone could put kernels
+        return Path(os.devnull) / "plainsd"
 
 
 def first_time(message: str) -> bool:

@@ -15,6 +15,7 @@ from plainsd.errors import UserError
 LOCAL = "local"  # Ray's word for a cluster of this process, on this machine
 CONNECT_SECONDS = 5.0  # for the look whether anything listens at the address
 OBJECTS = 2**29  # bytes of Ray's store for pictures on their way, in a cluster of this process
+joined: dict[str, str] = {}  # addresses that this process was given, and those of the clusters' heads
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def imported_ray() -> ModuleType:
 def connect(address: str = "", *, cpus: int | None = None) -> str:
     """Connects this process to the cluster at this address, HOST:PORT of its head or `auto`; without one to that of
     $RAY_ADDRESS or, if there is none, to one of this process alone, which ends with it and has `cpus` CPUs. Returns the
-    address. UserError where that cannot be done."""
+    address. UserError where that cannot be done, or this process is in another cluster."""
+    asked = address
     address = address or os.environ.get("RAY_ADDRESS", "") or LOCAL
     if address == LOCAL and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:  # which reads these once
         # its ports answer this process and its workers alone
@@ -56,7 +58,14 @@ def connect(address: str = "", *, cpus: int | None = None) -> str:
     check_address(address)
     check_head(address)
     if ray.is_initialized():
-        return ray.get_runtime_context().gcs_address
+        head = ray.get_runtime_context().gcs_address
+        if asked not in ("", "auto") and joined.get(asked, asked) != head:
+            raise UserError(
+                f"--cluster {asked}: this process is in the Ray cluster at {head}; give that address, or none",
+                field="cluster",
+                value=asked,
+            )
+        return head
     options: dict = {"address": address, "log_to_driver": False, "logging_level": logging.WARNING}
     if address == LOCAL:
         options |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": OBJECTS}
@@ -69,6 +78,7 @@ def connect(address: str = "", *, cpus: int | None = None) -> str:
             field="cluster",
             value=address,
         ) from None
+    joined[address] = ray.get_runtime_context().gcs_address
     return address
 
 
@@ -88,7 +98,7 @@ def check_address(address: str) -> None:
             value=address,
         )
     host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or not 0 < int(port) < 65536:
+    if not colon or not port.isdecimal() or not 0 < int(port) < 65536 or not can_be_host(host):
         raise UserError(
             f"--cluster {address!r} is no address; give HOST:PORT of the head, such as 10.0.0.5:6379, or auto",
             field="cluster",
@@ -103,6 +113,15 @@ def check_address(address: str) -> None:
             field="cluster",
             value=address,
         ) from None
+
+
+def can_be_host(name: str) -> bool:
+    """Whether the system can be asked for it: labels between dots have 1 to 63 characters."""
+    try:
+        name.encode("idna")
+    except UnicodeError:
+        return False
+    return True
 
 
 def check_head(address: str) -> None:
@@ -136,22 +155,33 @@ def own_node_lives() -> bool:
 def share_of(workers: int, cpus: int | None, gpus: float | None) -> Share:
     """What each of so many workers has, where nothing is said: one GPU if the cluster has any, and an equal part of
     its CPUs, or with a GPU one CPU."""
-    resources = imported_ray().cluster_resources()
+    living = machines()
     if gpus is None:
-        gpus = 1.0 if resources.get("GPU") else 0.0
+        gpus = 1.0 if any(one.get("GPU") for one in living) else 0.0
     if cpus is None:
-        cpus = 1 if gpus else max(1, int(resources.get("CPU", 1)) // workers)
+        cpus = 1 if gpus else equal_part([one.get("CPU", 0) for one in living], workers)
     return Share(cpus, gpus)
+
+
+def equal_part(cpus: list[float], workers: int) -> int:
+    """The most CPUs that so many workers can have, each on one of the machines with these; at least 1."""
+    most = int(max(cpus, default=0))
+    return next((part for part in range(most, 1, -1) if sum(int(one // part) for one in cpus) >= workers), 1)
+
+
+def machines() -> list[dict[str, float]]:
+    """What each machine of the cluster has, of CPUs and GPUs."""
+    return [node["Resources"] for node in imported_ray().nodes() if node["Alive"]]
 
 
 def check_room(share: Share) -> None:
     """UserError if no machine of the cluster has room for even one worker."""
-    machines = [node["Resources"] for node in imported_ray().nodes() if node["Alive"]]
-    if any(one.get("CPU", 0) >= share.cpus and one.get("GPU", 0) >= share.gpus for one in machines):
+    living = machines()
+    if any(one.get("CPU", 0) >= share.cpus and one.get("GPU", 0) >= share.gpus for one in living):
         return
     largest = Share(
-        int(max((one.get("CPU", 0) for one in machines), default=0)),
-        max((one.get("GPU", 0) for one in machines), default=0),
+        int(max((one.get("CPU", 0) for one in living), default=0)),
+        max((one.get("GPU", 0) for one in living), default=0),
     )
     raise UserError(
         f"a worker needs {share}, and no machine of the cluster has more than {largest}; give less with "

@@ -31,12 +31,28 @@ class Failure(NamedTuple):
     asked: bool  # it is a UserError: what was asked for is wrong
     trace: str
     field: str | None = None
+    value: Any = None
+    entry: int | None = None
+
+    def error(self, where: str = "") -> UserError:
+        """The same again, whole; `where` stands before its message."""
+        message = f"{where}{self.message}"
+        return UserError(message, field=self.field, value=self.value, entry=self.entry, most=len(message))
 
 
 def as_failure(error: Exception) -> Failure:
     asked = isinstance(error, UserError) and not isinstance(error, DiskError)
-    field = error.field if isinstance(error, UserError) else None
-    return Failure(str(error), type(error).__name__, asked, traceback.format_exc(), field)
+    failure = Failure(str(error), type(error).__name__, asked, traceback.format_exc())
+    if not isinstance(error, UserError):
+        return failure
+    value = error.value if is_plain(error.value) else None
+    return failure._replace(field=error.field, value=value, entry=error.entry)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a text or a number, or several."""
+    parts = value if isinstance(value, (tuple, list)) else [value]
+    return all(isinstance(part, (str, int, float)) for part in parts)
 
 
 def versions() -> dict[str, str]:

@@ -90,7 +90,7 @@ class RemoteWorker:
         failure = self.result(actor.build.remote(self.make, self.share.cpus, os.getcwd()))
         if failure is not None:
             if failure.asked:
-                raise UserError(f"the worker on {self.where}: {failure.message}", field=failure.field)
+                raise failure.error(f"the worker on {self.where}: ")
             check_modules(failure.message)
             log.error("%s cannot be made:\n%s", self.name, failure.trace)
             raise WorkerEnded(f"{failure.kind}: {failure.message}")
@@ -173,7 +173,7 @@ class RemoteWorker:
 
     def error_of(self, failure: Failure) -> Exception:
         if failure.asked:
-            return UserError(failure.message, field=failure.field)
+            return failure.error()
         log.error("%s:\n%s", self.name, failure.trace)
         return TaskError(f"{failure.kind}: {failure.message}")
 

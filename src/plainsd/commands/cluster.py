@@ -12,6 +12,8 @@ from plainsd.errors import UserError
 if TYPE_CHECKING:
     from plainsd.cluster.connect import Share
 
+LEAST_GPU = 0.0001  # Ray counts in such parts
+
 
 @dataclass(frozen=True)
 class ClusterFlags:
@@ -62,9 +64,11 @@ class ClusterFlags:
                 raise UserError(
                     f"{name.replace('_', ' ')} {value} is out of range; give {least} or more", field=name, value=value
                 )
-        if (gpus := self.gpus_per_worker) is not None and gpus > 1 and gpus != int(gpus):
+        gpus = self.gpus_per_worker or 0.0
+        if 0 < gpus < LEAST_GPU or gpus > 1 and gpus != int(gpus):
             raise UserError(
-                f"gpus per worker {gpus} is out of range; give a whole number, or a fraction below 1",
+                f"gpus per worker {gpus} is out of range; give a whole number, or a fraction below 1 and not below "
+                f"{LEAST_GPU}",
                 field="gpus_per_worker",
                 value=gpus,
             )

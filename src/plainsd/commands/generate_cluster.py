@@ -41,7 +41,6 @@ RUN_RECORD = "unfinished.json"
 NOT_COMPARED = (  # flags that change no picture, and seeds as typed: those drawn are among the settings
     "out",
     "batch",
-    "device",
     "ray",
     "low_memory",
     *SEEDS,
@@ -86,7 +85,7 @@ class ListDrawer:
         with redirect_stderr(io.StringIO()) as said:
             self.sd, self.words = setup.ready(setup.command.model)
             note_unused_embeddings(self.words, [*prompts, *map(choices.get, TEXTS_BESIDE)])
-            check_recorded(setup.command, self.sd, prompts, self.words, choices)
+            check_recorded(setup.command, self.sd, prompts, setup.loras, self.words, choices)
             self.joins = setup.joins(self.sd)
         self.said = said.getvalue()
 

@@ -197,4 +197,4 @@ class Cluster:
             if not isinstance(first, (UserError, WorkerEnded, Stopping)):
                 raise first
             why = first if isinstance(first, UserError) else f"a worker ended as it was started: {first}"
-            raise UserError(str(why), field="cluster") from None
+            raise UserError(str(why), field="cluster", most=len(str(why))) from None
