@@ -629,7 +629,7 @@ def test_a_file_that_was_cut_off_is_compiled_anew(own_cache):
     kept.write_bytes(whole[: len(whole) // 2])
     done = in_process("from plainsd.speed import building; print(building.is_compiled(), bool(building.library()))")
     assert done.returncode == 0 and done.stdout.split() == ["False", "True"]
-    assert building.is_whole(kept) and list(own_cache.iterdir()) == [kept]
+    assert building.is_sealed(kept) and list(own_cache.iterdir()) == [kept]
 
 
 @pytest.mark.parametrize("why", ["no folder can be made there", "the disk is full"])

@@ -325,7 +325,7 @@ def test_a_limit_and_a_share_are_of_the_whole_source(dogs, tmp_path):
     (dogs / "2_dog_of clay" / "c.png").write_bytes(b"broken")  # all of its folder, and a third of the source
     found, (said,) = read(f"kohya:{dogs}", tmp_path, bad_share=0.34)
     assert [name for name, *_ in found] == ["a.png", "b.png"] and said.startswith("left out 1 of 3 pictures: c.png")
-    with pytest.raises(UserError, match=f"kohya:{dogs}: 1 of 3 pictures cannot be used, more than 33%"):
+    with pytest.raises(UserError, match=r"^kohya:.*dogs: 1 of 3 pictures cannot be used, more than 33%"):
         read(f"kohya:{dogs}", tmp_path, bad_share=0.33)
 
 

@@ -23,7 +23,7 @@ from plainsd.emoji import drawing
 
 COARSE, FINE = 32, 64  # sides of the two search grids, in cells
 FINE_CANDIDATES = 16  # candidates of the coarse search for the fine one
-AT_ONCE = 256  # drawn emoji that are searched at once: what that makes stays in the cache
+SEARCHED = 256  # drawn emoji that are searched at once: what that makes stays in the cache
 COARSE_SIZES = 10  # sizes from the smallest to the largest, tried on the coarse grid
 
 
@@ -114,7 +114,7 @@ def best_errors(difference: Tensor, colour: Tensor, drawn: Drawn, grid: int) -> 
     cells = interpolate(difference, (grid, grid), mode="area")[0]  # (3, G, G)
     against = (cells * colour[:, None, None]).sum(0, keepdim=True)
     spectrum = torch.fft.rfft2(torch.cat([cells, -against]))  # (4, G, G // 2 + 1)
-    each = zip(drawn.spectrum.split(AT_ONCE), drawn.room.split(AT_ONCE), strict=True)
+    each = zip(drawn.spectrum.split(SEARCHED), drawn.room.split(SEARCHED), strict=True)
     best = torch.cat([best_inner(spectrum, some, room, grid) for some, room in each])
     energy = drawn.energy[:, 0] - 2 * drawn.energy[:, 1:4] @ colour + drawn.energy[:, 4] * (colour**2).sum()
     return ((cells**2).sum() - 2 * best + energy) / (3 * grid * grid)

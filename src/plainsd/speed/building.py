@@ -73,7 +73,7 @@ def _check_memory(status: int, *_: Any) -> None:
 
 def is_compiled() -> bool:
     """Whether `library` need not compile. Errors: Unavailable if there is no compiler."""
-    return library.cache_info().currsize > 0 or is_whole(kept_file(source_code(), compiler_command()))
+    return library.cache_info().currsize > 0 or is_sealed(kept_file(source_code(), compiler_command()))
 
 
 def source_code() -> bytes:
@@ -101,7 +101,7 @@ def sealed(compiled: bytes) -> bytes:
     return compiled + HASH(compiled).digest()
 
 
-def is_whole(path: Path) -> bool:
+def is_sealed(path: Path) -> bool:
     """Whether a `sealed` file is there, as it was written."""
     try:
         content = path.read_bytes()
@@ -112,7 +112,7 @@ def is_whole(path: Path) -> bool:
 
 def _from_cache(path: Path) -> ctypes.CDLL | None:
     """The file in the cache folder, loaded. None where there is none, or a damaged one."""
-    if is_whole(path):
+    if is_sealed(path):
         with suppress(OSError):  # the folder's file system runs no code
             return ctypes.CDLL(str(path))
     return None

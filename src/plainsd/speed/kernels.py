@@ -128,7 +128,7 @@ def bits_of(x: Tensor) -> int:
     return bits
 
 
-def fitting(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
+def operand(x: Tensor, dtype: torch.dtype, *shape: int) -> Tensor:
     """The tensor, contiguous. RuntimeError if it has another dtype or shape, or is not on a CPU."""
     if x.dtype != dtype or x.shape != shape or not x.is_cpu:
         raise RuntimeError(
@@ -284,9 +284,9 @@ def _linear(x: Tensor, packed: Tensor, n: int, bias: Tensor | None, after: str, 
         raise RuntimeError(f"an input of width {k} in {x.dtype} does not fit the packed weight")
     out = x.new_empty(*x.shape[:-1], n)
     if bias is not None:
-        bias = fitting(bias, x.dtype, n)
+        bias = operand(bias, x.dtype, n)
     if other is not None:
-        other = fitting(other, x.dtype, *out.shape)
+        other = operand(other, x.dtype, *out.shape)
     library().linear(
         bits_of(x),
         x.data_ptr(),
@@ -315,7 +315,7 @@ def layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     x = x.contiguous()
     out, k = _filled(x), x.shape[-1]
-    weight, bias = fitting(weight, torch.float32, k), fitting(bias, torch.float32, k)
+    weight, bias = operand(weight, torch.float32, k), operand(bias, torch.float32, k)
     library().layer_norm(
         bits_of(x),
         x.data_ptr(),
@@ -369,9 +369,9 @@ def _norm(
     kept: Tensor | None = None,
 ) -> Tensor:
     batch, channels, height, width = x.shape
-    weight, bias = fitting(weight, torch.float32, channels), fitting(bias, torch.float32, channels)
+    weight, bias = operand(weight, torch.float32, channels), operand(bias, torch.float32, channels)
     if shift is not None:
-        shift = fitting(shift, x.dtype, batch, channels)
+        shift = operand(shift, x.dtype, batch, channels)
     library().norm_silu(
         bits_of(x),
         x.data_ptr(),
@@ -434,7 +434,7 @@ def _norm_silu_back(
     x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, kept: Tensor, groups: int, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     x, dy = _channels_last(x), _channels_last(dy.to(x.dtype))
-    weight, bias = (fitting(part, torch.float32, x.shape[1]) for part in (weight, bias))
+    weight, bias = (operand(part, torch.float32, x.shape[1]) for part in (weight, bias))
     dx, dweight, dbias = _map(x), _filled(weight), _filled(bias)
     pointers = (tensor.data_ptr() for tensor in (x, dy, weight, bias, kept, dx, dweight, dbias))
     library().norm_silu_back(
