@@ -1,6 +1,7 @@
 """Pictures that repeat: the networks see past an edge, and are as before afterwards."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,61 +146,46 @@ def test_packed_layers_see_past_an_edge_too(cache):
     assert (shifted - whole.roll((4 * factor, 6 * factor), (2, 3))).abs().max() < 1e-4
 
 
-def test_another_threads_model_waits_for_a_control_net_that_both_have():
-    net, models = tiny_net(tiny_sd()), {tiling: tiny_sd() for tiling in (False, True)}
+def assert_threads_wait(draw: Callable[[bool], Image.Image], layer: nn.Module) -> None:
+    """`draw` with and without tiling: while one thread is inside the layer with wrapped edges, another's picture must
+    not be drawn with them."""
+    alone = [draw(tiling) for tiling in (False, True)]
     inside, done = threading.Event(), threading.Event()
-    drawn: dict[bool, Image.Image] = {}
-
-    def draw(tiling: bool) -> None:
-        control = [plainsd.Control(net, picture_of(0))]
-        events = plainsd.text_to_image(models[tiling], "a cat", steps=2, size=64, tiling=tiling, control=control)
-        (drawn[tiling],) = plainsd.final(events)
-
-    def hold(module, args):
-        if module.padding_mode == "circular" and not inside.is_set():
-            inside.set()
-            done.wait(1)
-
-    alone = []
-    for tiling in (False, True):
-        draw(tiling)
-        alone.append(drawn[tiling])
-    with_hook = net.conv_in.register_forward_pre_hook(hold)
-    tiled = threading.Thread(target=draw, args=(True,))
-    tiled.start()
-    assert inside.wait(30)
-    draw(False)
-    done.set()
-    tiled.join()
-    with_hook.remove()
-    assert [difference(drawn[tiling], one) for tiling, one in zip((False, True), alone, strict=True)] == [0, 0]
-    assert modes(net) == {"zeros"}
-
-
-def test_another_thread_of_the_same_model_waits_for_the_step():
-    """While one thread's network has wrapped edges, another's picture must not be drawn with it."""
-    sd, inside, done = tiny_sd(), threading.Event(), threading.Event()
-    drawn: dict[bool, Image.Image] = {}
-
-    def draw(tiling: bool) -> None:
-        (drawn[tiling],) = plainsd.final(plainsd.text_to_image(sd, "a cat", steps=2, size=64, tiling=tiling))
+    tiled: list[Image.Image] = []
 
     def hold(module, args):
         if module.padding_mode == "circular" and not inside.is_set():
             inside.set()
             done.wait(1)  # enough for the other thread, if nothing keeps it
 
-    alone = []
-    for tiling in (False, True):
-        draw(tiling)
-        alone.append(drawn[tiling])
-    with_hook = sd.unet.conv_in.register_forward_pre_hook(hold)
-    tiled = threading.Thread(target=draw, args=(True,))
-    tiled.start()
+    with_hook = layer.register_forward_pre_hook(hold)
+    thread = threading.Thread(target=lambda: tiled.append(draw(True)))
+    thread.start()
     assert inside.wait(30)
-    draw(False)
+    drawn = draw(False)
     done.set()
-    tiled.join()
+    thread.join()
     with_hook.remove()
-    assert [difference(drawn[tiling], one) for tiling, one in zip((False, True), alone, strict=True)] == [0, 0]
+    assert [difference(*pair) for pair in zip((drawn, *tiled), alone, strict=True)] == [0, 0]
+
+
+def test_another_thread_of_the_same_model_waits_for_the_step():
+    sd = tiny_sd()
+
+    def draw(tiling: bool) -> Image.Image:
+        return plainsd.final(plainsd.text_to_image(sd, "a cat", steps=2, size=64, tiling=tiling))[0]
+
+    assert_threads_wait(draw, sd.unet.conv_in)
     assert modes(sd.unet) == modes(sd.vae) == {"zeros"}
+
+
+def test_another_threads_model_waits_for_a_control_net_that_both_have():
+    net, models = tiny_net(tiny_sd()), {tiling: tiny_sd() for tiling in (False, True)}
+
+    def draw(tiling: bool) -> Image.Image:
+        control = [plainsd.Control(net, picture_of(0))]
+        events = plainsd.text_to_image(models[tiling], "a cat", steps=2, size=64, tiling=tiling, control=control)
+        return plainsd.final(events)[0]
+
+    assert_threads_wait(draw, net.conv_in)
+    assert modes(net) == {"zeros"}
