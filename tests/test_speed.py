@@ -200,11 +200,14 @@ def test_a_packed_model_has_no_gradients():
     x = torch.randn(1, 4, 8, 8, requires_grad=True)
     with pytest.raises(RuntimeError, match="no gradients; call plainsd.speed.plain_again first"):
         sd.unet(x, torch.tensor(1.0), torch.zeros(1, 77, sd.unet.config.context))
-    for layer in (PackedConv(torch.nn.Conv2d(4, 4, 3)), PackedLinear(torch.nn.Linear(8, 5))):
+    wide = torch.randn(1, 600, requires_grad=True)  # of a weight that oneDNN has, not our kernel
+    layers = ((torch.nn.Conv2d(4, 4, 3), x), (torch.nn.Linear(8, 5), x), (torch.nn.Linear(600, 512), wide))
+    for plain, given in layers:
+        layer = PackedConv(plain) if isinstance(plain, torch.nn.Conv2d) else PackedLinear(plain)
         with pytest.raises(RuntimeError, match="no gradients"):
-            layer(x)
+            layer(given)
         with torch.no_grad():
-            assert layer(x).isfinite().all()
+            assert layer(given).isfinite().all()
 
 
 def test_layers_with_hooks_stay_plain():
