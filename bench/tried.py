@@ -10,6 +10,7 @@ Each line: milliseconds, the least of several turns. Let the machine do nothing 
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from plainsd.models.unet import UNet, UNetConfig
 from plainsd.models.variants import VARIANTS
 from plainsd.reports import bench
 from plainsd.speed import kernels, model
+from plainsd.speed.model import frozen_weights
 from plainsd.speed.packed import PackedConv, PackedUpsample, pack_inside
 
 SMALL = UNetConfig(channels=(64, 128, 192), depth=(1, 1, 1), heads=(2, 4, 6), layers=1, context=256, groups=16)
@@ -164,9 +166,20 @@ def small_unet(dtype: torch.dtype, compiled: bool) -> None:
     for name, unet in {"plain": network(), "packed": packed}.items():
         forms[name] = lambda unet=unet: unet(x, 500.0, context)
     if compiled:
-        fused, timestep = torch.compile(network(), dynamic=False, options={"freezing": True}), torch.tensor(500.0)
-        forms["compiled, weights frozen in"] = lambda: fused(x, timestep, context)
+        timestep, ways = torch.tensor(500.0), {"compiled": nullcontext, "compiled, weights frozen in": frozen_on_cpu}
+        for name, way in ways.items():
+            fused = torch.compile(network(), dynamic=False)
+
+            def run(fused=fused, way=way) -> Tensor:
+                with way():
+                    return fused(x, timestep, context)
+
+            forms[name] = run
     tell("small UNet, two rows of 16x16", dtype, forms)
+
+
+def frozen_on_cpu() -> AbstractContextManager:
+    return frozen_weights(torch.device("cpu"))
 
 
 def tell(name: str, dtype: torch.dtype, forms: dict[str, Callable[[], object]]) -> None:

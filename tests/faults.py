@@ -755,7 +755,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_kernels.py::test_what_does_not_fit_is_refused"),
         ("k * BITS.get(x.dtype, 0) or room < n:", "k * BITS.get(x.dtype, 0):",
          "test_kernels.py::test_linear_reads_nothing_beside_its_weight"),
-        ("                check_no_gradients(*arguments)\n", "                pass\n",
+        ("            check_no_gradients(*arguments)\n", "                pass\n",
          "test_kernels.py::test_no_gradient_is_lost_without_a_word"),
         ("        check_no_gradients(x, weight, bias, shift)\n", "",
          "test_kernels.py::test_no_gradient_is_lost_without_a_word"),

@@ -3,8 +3,8 @@
 Decoding tile by tile leaves seams: in each tile GroupNorm has other statistics, and attention sees only the tile. Here
 each layer passes over the whole map before the next one starts, a band of rows at a time: statistics are those of the
 whole map, attention reads all positions, and a convolution reads one row beyond its band. At most three maps and the
-workspace of one band are in memory. On the CPU the result equals a plain pass bit for bit; elsewhere, and with
-channels_last weights, up to the order of summation.
+workspace of one band are in memory. The result equals a plain pass up to the order of summation, and on the CPUs
+that were tried, with bands of this size, bit for bit.
 
 TAESD has neither norms nor attention: its bands go through all layers at once, with as many rows beyond them as its
 convolutions see.

@@ -99,8 +99,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
         def call(*arguments: Any) -> Any:
             if is_traced(arguments[0]):
                 return traced(*arguments)
-            if torch.is_grad_enabled():
-                check_no_gradients(*arguments)
+            check_no_gradients(*arguments)
             return run(*arguments)
 
         return call
