@@ -67,6 +67,10 @@ def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, capsys):
         assert main(["bench", "unet", "--model", str(tmp_path / name), "--device", "cpu"]) == 2
         error = capsys.readouterr().err
         assert "is of another kind" in error and "timing" not in error
+    plainsd.save(tiny_sd(), tmp_path / "one.safetensors")
+    assert main(["bench", "unet", "--model", str(tmp_path / "one.safetensors"), "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert "one.safetensors is a single file" in error and "timing" not in error
 
 
 @pytest.mark.parametrize("side", ["diffusers", "plainsd"])

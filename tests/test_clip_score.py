@@ -8,6 +8,7 @@ import torch
 from conftest import smooth_picture
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from serving import lora_file
 from test_image_prompt import TOWER, picture_of
 
 import plainsd
@@ -184,14 +185,17 @@ def test_drawn_prompts_are_scored(folder, clip, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("a red apple\na boat\nan owl\n")
     flags = ["--clip-score", str(folder), "--prompt-file", str(tmp_path / "prompts.txt"), "--steps", "2", "--seed", "5",
              "--batch", "2", "--clip-prefix", "", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+    lora_file(plainsd.load(device="cpu").path, tmp_path / "ink.safetensors", 1)
+    flags += ["--lora", f"{tmp_path / 'ink.safetensors'}:0.01"]
     assert main(["eval", *flags, "--out", str(tmp_path / "out")]) == 0
     first = json.loads((tmp_path / "out" / "scores.json").read_text())
-    sd = plainsd.load(device="cpu", dtype="float32")
+    sd = plainsd.load(device="cpu", dtype="float32", loras=[(tmp_path / "ink.safetensors", 0.01)])
     pictures = [final(text_to_image(sd, text, steps=2, seed=5 + k))[0]
                 for k, text in enumerate(("a red apple", "a boat", "an owl"))]  # fmt: skip
     expected = clip_scores(clip, pictures, ["a red apple", "a boat", "an owl"], "")
     assert [one["score"] for one in first["scores"]] == pytest.approx(expected, abs=5e-3)  # one grey level in a batch
-    assert read_settings(tmp_path / "out" / "00002.png").seed == 7
+    noted = read_settings(tmp_path / "out" / "00002.png")
+    assert noted.seed == 7 and noted.prompt == "an owl <lora:ink:0.01>" and "lora:ink" in dict(noted.hashes)
     again = ["--clip-score", str(folder), "--pictures", str(tmp_path / "out"), "--clip-prefix", ""]
     assert main(["eval", *again, "--out", str(tmp_path / "again")]) == 0
     assert json.loads((tmp_path / "again" / "scores.json").read_text()) == first

@@ -172,6 +172,14 @@ def test_the_first_latent():
     assert edm.first_scale == pytest.approx(math.sqrt(1 + 80**2))
 
 
+@pytest.mark.parametrize("like", ["a1111", "comfyui"])
+@pytest.mark.parametrize("schedule", [SD, EDMSchedule()], ids=["table", "edm"])
+def test_a_picture_gets_the_noise_that_the_network_is_told(schedule, like):
+    for strength in (0.2, 0.5):
+        found = planned_levels(schedule, "dpmpp_2m", 25, "karras", like, strength)
+        assert found.added == found.sigmas[0] < schedule.sigma_max
+
+
 @pytest.mark.parametrize("steps, strength", [(20, 0.75), (20, 0.7), (20, 1.0), (30, 0.3), (10, 0.04), (7, 0.999)])
 def test_a1111_counts_the_steps_on_a_picture(steps, strength):
     whole = levels("euler", steps, "karras", "a1111")
@@ -334,6 +342,23 @@ def test_a1111_hands_over_at_the_nearest_timestep():
     assert [either(None, sigma) for sigma in (14.0, TABLE[200], middle + 1e-6, middle - 1e-6, TABLE[199], 0.05)] == [
         "model", "model", "model", "refiner", "refiner", "refiner"]  # fmt: skip
     assert either(None, 14.0) == "refiner"  # also where a sampler goes back up, as restart does
+
+
+@pytest.mark.parametrize("spacing", ["karras", "exponential", "beta", "ddim_uniform"])
+def test_comfyui_hands_over_after_a_share_of_the_steps(spacing):
+    """At the second node's `start_at_step`, whatever the timestep there."""
+    sd, calls = tiny_sd(TINY_XL), []
+    sd.refiner = tiny_sd(TINY_REFINER)
+    for letter, unet in (("b", sd.unet), ("R", sd.refiner.unet)):
+        unet.register_forward_pre_hook(lambda *_, letter=letter: calls.append(letter))
+    options = {"steps": 10, "guidance": 1, "sampler": "euler", "spacing": spacing, "size": 32, "like": "comfyui"}
+    plainsd.final(text_to_image(sd, "a", handover=0.7, **options))
+    drawn, calls[:] = "".join(calls), []
+    assert drawn.rstrip("R") == "b" * 7 and drawn[7:].strip("R") == ""
+    photo = to_pil(torch.zeros(1, 3, 32, 32))[0]
+    del options["size"]
+    plainsd.final(image_to_image(sd, "a", photo, 0.5, handover=0.7, **options))
+    assert "".join(calls)[:8] == "bbbbbbbR"
 
 
 def test_of_two_passes_a1111_refines_the_second():

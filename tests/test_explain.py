@@ -179,6 +179,23 @@ def test_every_sampler_is_watched_where_its_steps_begin(embedded, sampler):
     assert seen.noisy.shape[0] == len(seen.timesteps) + 1 == len(seen.sigmas)
 
 
+def test_a_restarted_step_is_read_at_the_level_that_noise_took_it_to(embedded):
+    """Estimates with and without the prompt make the guided one at that level alone."""
+    seen = plainsd.explain(embedded, PROMPT, steps=20, sampler="restart", decoded=False)
+    ended = [embedded.schedule.timestep(max(sigma, 1e-9)) for sigma in seen.sigmas[:-1]]
+    assert max(asked - end for asked, end in zip(seen.timesteps, ended, strict=True)) > 400
+    mixed = seen.uncond + seen.settings.guidance * (seen.cond - seen.uncond)
+    torch.testing.assert_close(mixed, seen.denoised, atol=1e-4, rtol=1e-4)
+
+
+def test_steps_that_ask_nothing_are_as_the_one_before(embedded):
+    seen = plainsd.explain(embedded, PROMPT, steps=40, sampler="dpm_adaptive", decoded=False)
+    again = [at for at in range(1, 40) if seen.timesteps[at] == seen.timesteps[at - 1]]
+    assert again and len(seen.timesteps) == len(seen.cond) == 40 == len(seen.sigmas) - 1
+    for at in again:
+        assert torch.equal(seen.cond[at], seen.cond[at - 1])
+
+
 def test_large_self_attention_is_left_out(embedded, monkeypatch):
     monkeypatch.setattr(watching, "SELF_POSITIONS", 20)
     seen = plainsd.explain(embedded, PROMPT, steps=1)

@@ -13,7 +13,9 @@ import torch
 from conftest import tiny_sd
 from torch import Tensor
 
+from plainsd.diffusion.conventions import planned_levels
 from plainsd.diffusion.samplers import SAMPLERS
+from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.diffusion.solvers.stochastic import restarted
 from plainsd.generate import text_to_image
 from plainsd.pictures.guidance import COND, PERTURBED, UNCOND, guided_denoise, guided_pair
@@ -131,6 +133,16 @@ def test_restart_takes_as_many_steps_as_are_asked_for(steps, again):
     assert restarted([0.09, 0.05, *([0.03] * 30)]) == list(
         zip([0.09, 0.05] + [0.03] * 29, [0.05] + [0.03] * 30, strict=False)
     )
+
+
+def test_restart_ends_without_noise_where_the_row_stops_above_it():
+    """As A1111's does with KL Optimal, from 20 steps on; before a refiner it stops where it is told."""
+    table = NoiseSchedule.scaled_linear()
+    row = planned_levels(table, "restart", 24, "kl_optimal_a1111", "a1111").sigmas
+    assert row[-1] == pytest.approx(table.sigma_min) and restarted(row)[-1][1] == 0
+    assert restarted(row[: 20 + 1])[-1][1] == row[20] > 0
+    few = planned_levels(table, "restart", 7, "kl_optimal_a1111", "a1111").sigmas
+    assert restarted(few)[-1][1] == few[-1] > 0
 
 
 def test_without_a_pair_cfg_pp_is_the_sampler_of_the_same_name():

@@ -11,6 +11,7 @@ from small_models import FAMILIES, model, without_notes
 import plainsd
 from plainsd.checkpoint import save
 from plainsd.cli import main
+from plainsd.errors import UserError
 from plainsd.files.stored import StoredNetwork
 from plainsd.models.tiny_vae import TinyVAE, TinyVAEConfig
 from plainsd.reports.verify import Comparison, error, lines, picture_size, verify
@@ -178,6 +179,18 @@ def test_what_is_not_finite_fails():
     assert list(lines([nan, Comparison("y", 0, 0), Comparison("z", 0.0, 1e-4)], failed))[1].endswith(
         "FAIL"
     ) and failed == [nan]
+
+
+def test_a_broken_part_is_named(tmp_path):
+    """Numbers that are not finite, of one output of several."""
+    sd = model("sdxl-base")
+    sd.text_encoders[1].projection.weight.data[0, 0] = float("nan")
+    save(sd, tmp_path / "m")
+    found = {}
+    with pytest.raises(UserError, match="not finite"):  # of the picture
+        for one in verify(tmp_path / "m", device="cpu"):
+            found[one.name] = one.passed
+    assert found["text encoder"] and not found["text encoder 2"]
 
 
 def test_v_prediction_matters(tmp_path):

@@ -21,6 +21,7 @@ from plainsd.listing import read_prompts
 from plainsd.pictures.settings import RANDOM, Settings, drawn_seed, read_seed
 
 if TYPE_CHECKING:
+    from plainsd.commands.adapters import LoraFiles
     from plainsd.commands.generate_cluster import ListRun
     from plainsd.pictures.model import StableDiffusion
     from plainsd.reports.clip_score import Captioned
@@ -69,7 +70,7 @@ class Evaluate:
     font: Annotated[Path | None, flag("FILE")] = None
     """the Noto Color Emoji font, if not at Debian's path"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what the model predicts: epsilon or v_prediction"""
+    """override what the model predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether the model has zero terminal SNR"""
     device: str = "auto"
@@ -201,14 +202,21 @@ class Evaluate:
 
     def loaded(self) -> StableDiffusion:
         from plainsd.checkpoint import load
-        from plainsd.commands.adapters import chosen_loras
-        from plainsd.files.predicted import on_or_off
         from plainsd.speed.model import faster
 
-        loras = [(file, one.strength) for file, one in chosen_loras(self.lora, {}, None)]
-        noise: dict[str, Any] = {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
-        sd = load(self.model, loras=loras, device=self.device, dtype=self.dtype, **noise)
+        loras = [(file, one.strength) for file, one in self.lora_files()]
+        sd = load(self.model, loras=loras, device=self.device, dtype=self.dtype, **self.noise())
         return sd if self.plain else faster(sd, tell=partial(print, file=sys.stderr))
+
+    def lora_files(self) -> LoraFiles:
+        from plainsd.commands.adapters import chosen_loras
+
+        return chosen_loras(self.lora, {}, None)
+
+    def noise(self) -> dict[str, Any]:
+        from plainsd.files.predicted import on_or_off
+
+        return {"prediction": self.prediction, "zero_snr": on_or_off(self.zero_snr)}
 
     def about(self, sd: StableDiffusion) -> dict[str, Any]:
         """What scores.json says of the model, and of what drew."""
@@ -269,7 +277,10 @@ class Evaluate:
             total = len(prompts)
             options = {"steps": self.steps, "guidance": self.guidance, "sampler": self.sampler}
             if self.ray.cluster is None:
-                pictures = drawn(sd, prompts, seed, self.batch, self.out, **options)
+                from plainsd.commands.recorded import with_notes
+
+                noted = partial(with_notes, sd=sd, loras=self.lora_files(), words={}, vae=None, noise=self.noise())
+                pictures = drawn(sd, prompts, seed, self.batch, self.out, noted, **options)
             else:
                 pictures = self.drawn_by_cluster(prompts, seed)
         clip = load_clip(self.clip_score or "", self.device)

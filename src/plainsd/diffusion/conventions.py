@@ -44,11 +44,13 @@ class Convention:
     image_keeps: bool = False  # even at strength 1 noise is added to the picture instead of replacing it
     guidance_zero: bool = False  # guidance 0 follows the formula: the uncond estimate
     refines_midway: bool = False  # the refiner takes over inside the sampler, which keeps its history
+    refines_by_steps: bool = False  # it takes over after a share of the steps, not of the timesteps
     refines_second_pass: bool = False  # of two passes the refiner acts in the second alone
     keeps_own: bool = False  # outside a mask the network sees the sampler's latents (of `by_timesteps` the clean ones)
     prompts: str = "pieces"  # how prompts are read, a name in pictures/conditioning.py: pieces, batches or words
     second_order: tuple[str, ...] = ()  # samplers whose steps count twice for prompt editing
     second_size_floored: bool = False  # sides of the second pass are cut to whole latents, not rounded
+    masks_rounded: bool = False  # masks keep their grey levels; a latent is redrawn where they round to white
     ends_only: tuple[str, ...] = ()  # samplers that get the first level and the last above 0, and choose the others
     terminal_alpha_bar: float = TERMINAL_ALPHA_BAR  # the last entry of zero-terminal-SNR tables, instead of 0
 
@@ -69,6 +71,7 @@ CONVENTIONS = {
         solvers={"unipc": {"order": 3, "bh1": True}},
         second_pass_whole=True,
         second_size_floored=True,
+        masks_rounded=True,
         image_keeps=True,
         guidance_zero=True,
         refines_midway=True,
@@ -90,6 +93,7 @@ CONVENTIONS = {
         top_counts_latent=True,
         image_keeps=True,
         guidance_zero=True,
+        refines_by_steps=True,
         prompts="words",
         terminal_alpha_bar=OTHER_TERMINAL_ALPHA_BAR,
     ),
@@ -294,7 +298,7 @@ def _between(
 def _levels(rules: Convention, schedule: NoiseSchedule | EDMSchedule, sigmas: list[Level]) -> Levels:
     top, first = schedule.sigma_max, sigmas[0]
     at_top = first > top or math.isclose(first, top, rel_tol=1e-5)
-    with_latent = isinstance(schedule, EDMSchedule) or (rules.top_counts_latent and at_top)
+    with_latent = at_top and (isinstance(schedule, EDMSchedule) or rules.top_counts_latent)
     scale = math.sqrt(1 + first**2) if with_latent else float(first)
     return Levels(tuple(sigmas), (), scale, added=scale, last_scale=1.0)
 

@@ -52,6 +52,11 @@ LIBRARIES = ("torch", "diffusers", "transformers", "openvino")
 def check_model(folder: Path) -> None:
     """UserError for a model that the rows cannot ask: they know the inputs of SD 1.x."""
     variant = read(folder, ask=False).variant
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder} is a single file; make a folder of it, which both sides open: plainsd convert FILE FOLDER",
+            field="model",
+        )
     if variant.unet.vector is not None or variant.unet.in_channels != variant.vae.latent_channels:
         raise UserError(
             f"{folder} is of another kind ({variant.name}); give a folder of SD 1.x or 2.x for text to image",

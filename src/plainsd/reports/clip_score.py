@@ -19,6 +19,7 @@ from plainsd.generate import final, text_to_image
 from plainsd.pictures.clip_score import SCORE_PREFIX, Clip, clip_scores, plain_text
 from plainsd.pictures.images import open_picture, read_settings, write_png
 from plainsd.pictures.model import StableDiffusion
+from plainsd.pictures.settings import Settings
 from plainsd.reports.embeddings import CLIP_BATCH
 from plainsd.train.data.folders import found_in
 
@@ -68,16 +69,23 @@ def prompt_in(path: Path) -> tuple[str, ...]:
 
 
 def drawn(
-    sd: StableDiffusion, prompts: Sequence[str], seed: int, batch: int, out: Path | None, **options
+    sd: StableDiffusion,
+    prompts: Sequence[str],
+    seed: int,
+    batch: int,
+    out: Path | None,
+    noted: Callable[[Settings], Settings],
+    **options,
 ) -> Iterator[Captioned]:
-    """One picture for each prompt; number k has seed + k. With `out`, they are written there with their settings."""
+    """One picture for each prompt; number k has seed + k. With `out`, they are written there with their settings, as
+    `noted` gives them."""
     for start in range(0, len(prompts), batch):
         events = text_to_image(sd, prompts[start : start + batch], seed=seed + start, **options)
         for image, settings in zip(final(events), events.settings, strict=True):
             name = f"{settings.seed - seed:05d}.png"
             if out:
                 out.mkdir(parents=True, exist_ok=True)
-                write_png(image, out / name, settings)
+                write_png(image, out / name, noted(settings))
             text = plain_text(settings.prompt, settings.steps)
             yield Captioned(name, image.copy, (text,))
 

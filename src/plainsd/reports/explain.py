@@ -19,7 +19,7 @@ from torch import Tensor
 
 from plainsd.diffusion.denoiser import spread_of, x0_from
 from plainsd.diffusion.samplers import Step
-from plainsd.diffusion.schedule import NoiseSchedule
+from plainsd.diffusion.schedule import EDMSchedule, NoiseSchedule
 from plainsd.errors import UserError, unknown
 from plainsd.generate import text_to_image
 from plainsd.pictures.conditioning import as_weighted, cut, framed
@@ -197,10 +197,11 @@ def explanation_of(
     """What the hooks saw and the sampler yielded, as one `Explanation`."""
     spread = spread_of(sd.schedule)
     sigmas = [float(levels_of(sd, settings).sigmas[0]), *(event.sigma for event in events)]
-    starts = [one.x.float() * math.sqrt(spread**2 + sigma**2) for one, sigma in zip(seen, sigmas, strict=False)]
+    asked = [asked_at(sd.schedule, one, sigma) for one, sigma in zip(seen, sigmas, strict=False)]
+    starts = [one.x.float() * math.sqrt(spread**2 + sigma**2) for one, sigma in zip(seen, asked, strict=True)]
 
     def estimates(row: int) -> Tensor:
-        rows = zip(seen, starts, sigmas, strict=False)
+        rows = zip(seen, starts, asked, strict=True)
         return torch.cat([x0_from(sd.prediction, x, one.outputs[row], sigma, spread) for one, x, sigma in rows])
 
     latents = {"denoised": torch.cat([event.denoised for event in events]).float(), "cond": estimates(0)}
@@ -227,6 +228,13 @@ def explanation_of(
         schedule=sd.schedule.sigmas if isinstance(sd.schedule, NoiseSchedule) else torch.empty(0),
         decoded=shown,
     )
+
+
+def asked_at(schedule: NoiseSchedule | EDMSchedule, seen: Seen, sigma: float) -> float:
+    """The level of an evaluation: where the step before ended, unless noise was added first, as in `restart`."""
+    near = 0.51 if isinstance(schedule, NoiseSchedule) else 1e-4  # some samplers round timesteps
+    there = sigma > 0 and abs(schedule.timestep(sigma) - seen.timestep) <= near
+    return sigma if there else schedule.sigma(seen.timestep)
 
 
 def over_steps(steps: Sequence[dict[MapSize, Tensor]]) -> dict[MapSize, Tensor]:

@@ -182,7 +182,7 @@ def compare_text(
             states.text_embeds if text.projection else states.pooler_output,
         ]
 
-    yield Comparison(name.replace("_", " "), max(differences(device, build, build_there, ours, there)), TOLERANCE)
+    yield Comparison(name.replace("_", " "), worst(differences(device, build, build_there, ours, there)), TOLERANCE)
 
 
 def compare_vae(

@@ -51,13 +51,16 @@ class Watcher:
 
     def __init__(self) -> None:
         self.first: Seen | None = None
+        self.last: Seen | None = None  # what was taken
         self.now: Seen | None = None
         self.size: MapSize = (0, 0)  # of the map that is being computed
 
     def take(self) -> Seen:
-        """What was seen since the last call; its maps on the CPU."""
-        assert self.first is not None  # every step asks the network
-        seen, self.first, self.now = self.first, None, None
+        """What was seen since the last call, with its maps on the CPU; the same again for a step that asks nothing, as
+        some of `dpm_adaptive`."""
+        seen, self.first, self.now = self.first or self.last, None, None
+        assert seen is not None  # the first step asks the network
+        self.last = seen
         for maps in (seen.cross, seen.self):
             maps.update({size: total.cpu() for size, total in maps.items()})
         return seen

@@ -36,7 +36,9 @@ def restarted(sigmas: Sigmas) -> list[tuple[float, float]]:
         again, times = steps // 4, 2
     if steps < 20 or sigmas[0] <= RESTART_AT:
         return list(pairwise(sigmas))
-    first = [sigmas[0], *karras(sigmas[-2], sigmas[0], steps - again * times)[1:], sigmas[-1]]
+    whole_row = isinstance(sigmas[-1], Level) and sigmas[-1].timestep == 0  # it may stop just above 0
+    end = 0.0 if whole_row else sigmas[-1]
+    first = [sigmas[0], *karras(sigmas[-2], sigmas[0], steps - again * times)[1:], end]
     low = min(range(1, len(first)), key=lambda i: abs(first[i] - RESTART_AT))
     high = min(range(low), key=lambda i: abs(first[i] - RESTART_FROM))
     back = list(pairwise(karras(first[low], first[high], again + 1)))
