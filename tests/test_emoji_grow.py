@@ -22,6 +22,16 @@ spec = importlib.util.spec_from_file_location("grow", RECIPE / "grow.py")
 grow = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(grow)
 EMBEDDED = Path(grow.__file__).parents[2] / "src" / "plainsd" / "assets" / "emoji"
+DESCRIPTION = RECIPE / "model128-grown.json"  # of the embedded model
+OLD = json.loads(DESCRIPTION.read_text())["vae"]["latent_channels"]
+NEW = OLD + 4
+
+
+def wider() -> dict:
+    """The description with more latent channels."""
+    described = json.loads(DESCRIPTION.read_text())
+    described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = NEW
+    return described
 
 
 def pictures(count: int, seed: int, side: int = 256) -> torch.Tensor:
@@ -76,7 +86,7 @@ def put_down(pixels: torch.Tensor, folder: Path) -> str:
 
 def test_the_command(tmp_path, old, capsys):
     folder = put_down(pictures(4, seed=2), tmp_path / "data")
-    described = json.loads((RECIPE / "model128-grown.json").read_text()) | {"size": 256}
+    described = json.loads(DESCRIPTION.read_text()) | {"size": 256}
     described["vae"]["channels"].insert(0, 16)
     (tmp_path / "model.json").write_text(json.dumps(described))
     asked = [str(EMBEDDED), str(tmp_path / "vae"), "--data", folder, "--size", "256", "--count", "4", "--description"]
@@ -87,7 +97,7 @@ def test_the_command(tmp_path, old, capsys):
     written = load_vae(tmp_path / "vae", device="cpu", dtype="float32")
     assert written.config.channels == (16, *old.config.channels)
     assert written.config.scaling_factor == old.config.scaling_factor  # the UNet's latents are the same
-    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 2
+    assert grow.main([*asked, str(DESCRIPTION)]) == 2
     assert "the grown autoencoder has channels (16, 16, 16, 32, 64, 128)" in capsys.readouterr().err
     assert grow.main([str(tmp_path / "nothing"), *asked[1:], str(tmp_path / "model.json")]) == 2
 
@@ -95,23 +105,21 @@ def test_the_command(tmp_path, old, capsys):
 @torch.no_grad()
 def test_wider_latents_begin_with_the_same_pictures(tmp_path, old, capsys):
     """The old channels are as before, the new ones carry something that the decoder can learn from."""
-    described = json.loads((RECIPE / "model128-grown.json").read_text())
-    described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = 12
-    (tmp_path / "model.json").write_text(json.dumps(described))
-    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--latents", "12", "--description"]
+    (tmp_path / "model.json").write_text(json.dumps(wider()))
+    asked = [str(EMBEDDED), str(tmp_path / "vae"), "--latents", str(NEW), "--description"]
     assert grow.main([*asked, str(tmp_path / "model.json")]) == 0
     new, seen = load_vae(tmp_path / "vae", device="cpu", dtype="float32"), pictures(4, seed=3, side=128)
     before, after = old.encode(seen), new.encode(seen)
-    torch.testing.assert_close(after.mean[:, :8], before.mean)
-    torch.testing.assert_close(after.logvar[:, :8], before.logvar)
+    torch.testing.assert_close(after.mean[:, :OLD], before.mean)
+    torch.testing.assert_close(after.logvar[:, :OLD], before.logvar)
     torch.testing.assert_close(new.decode(after.mean), old.decode(before.mean))
-    added = after.mean[:, 8:]
-    assert added.std((0, 2, 3)).min() > 2 * after.logvar[:, 8:].max().mul(0.5).exp()  # above its noise
-    assert grow.main([*asked, str(RECIPE / "model128-grown.json")]) == 2
-    assert "latents of 12: " in capsys.readouterr().err
-    for few in ("8", "0"):
+    added = after.mean[:, OLD:]
+    assert added.std((0, 2, 3)).min() > 2 * after.logvar[:, OLD:].max().mul(0.5).exp()  # above its noise
+    assert grow.main([*asked, str(DESCRIPTION)]) == 2
+    assert f"latents of {NEW}: " in capsys.readouterr().err
+    for few in (str(OLD), "0"):
         assert grow.main([*asked[:3], few, *asked[4:], str(tmp_path / "model.json")]) == 2
-        assert f"--latents {few} is no more than the 8 channels" in capsys.readouterr().err
+        assert f"--latents {few} is no more than the {OLD} channels" in capsys.readouterr().err
     assert grow.main([*asked[:2], "--description", str(tmp_path / "model.json")]) == 2
     assert "--data is missing" in capsys.readouterr().err
 
@@ -122,16 +130,16 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     mean of the old ones that its text had; new channels are predicted as far as they follow from the old ones."""
     data = put_down(pictures(16, seed=4, side=128), tmp_path / "data")
     before = plainsd.load(EMBEDDED, device="cpu", dtype="float32")
-    described = json.loads((RECIPE / "model128-grown.json").read_text())
-    described["vae"]["latent_channels"] = described["unet"]["in_channels"] = described["unet"]["out_channels"] = 12
+    described = wider()
     described["text"][0]["positions"] = 20
-    described["unet"] |= {"depth": [1, 2], "mid_depth": 2}
+    described["unet"]["depth"][-1] += 1
+    described["unet"]["mid_depth"] += 1
     (tmp_path / "model.json").write_text(json.dumps(described))
     shutil.copytree(EMBEDDED / "tokenizer", tmp_path / "tokenizer")
     symbols = ["redgreen</w>", *before.tokenizers[0].vocabulary]
     (tmp_path / "tokenizer" / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
     described = ["--description", str(tmp_path / "model.json")]
-    assert grow.main([str(EMBEDDED), str(tmp_path / "vae"), "--latents", "12", *described]) == 0
+    assert grow.main([str(EMBEDDED), str(tmp_path / "vae"), "--latents", str(NEW), *described]) == 0
     asked = [str(EMBEDDED), str(tmp_path / "new"), "--vae", str(tmp_path / "vae"), *described]
     asked += ["--data", data, "--count", "16"]
     assert grow.main(asked) == 2 and "belong together" in capsys.readouterr().err
@@ -144,17 +152,17 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     contexts = [sd.text_encoders[0](torch.tensor([each])).final for sd, each in zip((before, after), ids, strict=True)]
     torch.testing.assert_close(*contexts)
     torch.manual_seed(0)
-    x = torch.randn(2, 12, 8, 8)
+    x = torch.randn(2, NEW, 8, 8)
     predicted = after.unet(x, torch.tensor(500.0), contexts[1].expand(2, -1, -1))
-    expected = before.unet(x[:, :8], torch.tensor(500.0), contexts[0].expand(2, -1, -1))
-    torch.testing.assert_close(predicted[:, :8], expected, rtol=1e-3, atol=1e-3)
+    expected = before.unet(x[:, :OLD], torch.tensor(500.0), contexts[0].expand(2, -1, -1))
+    torch.testing.assert_close(predicted[:, :OLD], expected, rtol=1e-3, atol=1e-3)
     seen = pictures(8, seed=5, side=128)
     latents = [sd.vae.encode(seen).mean.movedim(1, -1).flatten(0, -2) for sd in (before, after)]
     outward = grow.linear_map(*latents)
-    torch.testing.assert_close(outward[:8], torch.eye(8), rtol=0, atol=1e-3)
+    torch.testing.assert_close(outward[:OLD], torch.eye(OLD), rtol=0, atol=1e-3)
     unexplained = (latents[1] - latents[1].mean(0)) - (latents[0] - latents[0].mean(0)) @ outward.T
-    assert unexplained.square().mean(0).div(latents[1].var(0))[8:].mean() < 0.9
-    assert predicted[:, 8:].std() > 0
+    assert unexplained.square().mean(0).div(latents[1].var(0))[OLD:].mean() < 0.9
+    assert predicted[:, OLD:].std() > 0
     rows = [sd.text_encoders[0].token.weight for sd in (before, after)]
     torch.testing.assert_close(rows[1][b.vocabulary["redgreen</w>"]], rows[0][a.encode("redgreen")].mean(0))
     described = json.loads((tmp_path / "model.json").read_text())
@@ -185,7 +193,7 @@ def test_a_model_on_wider_latents_begins_as_the_old_one(tmp_path, capsys):
     ],
 )
 def test_what_it_would_not_use_is_refused(tmp_path, capsys, flags, said):
-    described = ["--description", str(RECIPE / "model128-grown.json")]
+    described = ["--description", str(DESCRIPTION)]
     assert grow.main([str(tmp_path / "none"), str(tmp_path / "out"), *described, *flags]) == 2
     assert said in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import json
 import runpy
 from dataclasses import replace
+from importlib import resources
 from types import SimpleNamespace
 
 import numpy as np
@@ -294,9 +295,10 @@ def test_a_framed_sheet_has_64_pictures_at_most():
 @needs_font
 def test_the_embedded_model_keeps_its_table(tmp_path, capsys):
     sheet = tmp_path / "sheet.png"
+    count = len(json.loads((resources.files("plainsd") / "assets" / "emoji" / "concepts.json").read_text())["concepts"])
     assert main(["eval", "--prompts", "2", "--steps", "2", "--sheet", str(sheet), "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("2 prompts, 135 emoji, 2 steps of")
+    assert lines[0].startswith(f"2 prompts, {count} emoji, 2 steps of")
     assert lines[2:5] == [
         "| pictures | background | object, top 1 | object, top 5 |",
         "|---|---|---|---|",
