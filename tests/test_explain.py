@@ -275,7 +275,7 @@ def test_a_prompt_does_not_end_the_script(explained):
 
 def test_a_page_of_a_large_model_stays_below_5_mb(explained):
     """As of Stable Diffusion 1.5 with a full prompt: with smaller pictures and coarser maps."""
-    steps, tokens, words = 24, 77, 60
+    steps, tokens, words, channels = 24, 77, 60, explained.noisy.shape[1]
     noise = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -292,10 +292,10 @@ def test_a_page_of_a_large_model_stays_below_5_mb(explained):
         words=["x"] * words,
         sigmas=[float(steps - i) for i in range(steps + 1)],
         timesteps=[float(steps - i) for i in range(steps)],
-        noisy=torch.randn(steps + 1, 8, 64, 64, generator=noise),
-        denoised=random(steps, 8, 64, 64),
-        cond=random(steps, 8, 64, 64),
-        uncond=random(steps, 8, 64, 64),
+        noisy=torch.randn(steps + 1, channels, 64, 64, generator=noise),
+        denoised=random(steps, channels, 64, 64),
+        cond=random(steps, channels, 64, 64),
+        uncond=random(steps, channels, 64, 64),
         cross_attention={(side, side): random(steps, 1, side, side).expand(-1, tokens, -1, -1) for side in (64, 8)},
         self_attention={(32, 32): random(steps, 1, 1024).expand(-1, 1024, -1)},
         layers={(64, 64): 5, (8, 8): 1},
