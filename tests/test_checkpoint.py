@@ -18,6 +18,7 @@ from plainsd.checkpoint import load, save
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError
 from plainsd.files.detect import probe
+from plainsd.files.hashes import weights_hash
 from plainsd.files.hub import snapshot
 from plainsd.files.tensorfile import write_safetensors
 from plainsd.generate import final, text_to_image
@@ -239,6 +240,23 @@ def test_hub_name_from_the_cache_without_network(tmp_path, monkeypatch):
         load("somebody/another-model", **CPU)
     save(sd, where / "one.safetensors", layout="single-file")
     assert same_networks(load("somebody/small-model/one.safetensors", **CPU), sd)
+    assert weights_hash(Path("somebody/small-model"), "vae") == weights_hash(where, "vae") is not None
+
+
+def on_hub(monkeypatch, folder: Path, there: list[str]) -> list[bool]:
+    """A repository of these files, fetched into a folder. Returns for each request whether it is to the cache alone."""
+    asked = []
+
+    def fetch(name, allow_patterns, local_files_only):
+        asked.append(local_files_only)
+        for path in there:
+            if any(fnmatch(path, pattern) for pattern in allow_patterns):
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).touch()
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -247,17 +265,7 @@ def test_hub_name_from_the_cache_without_network(tmp_path, monkeypatch):
 def test_of_a_repository_one_kind_of_weights_is_fetched(tmp_path, monkeypatch, middle, ending):
     """Plain safetensors, then plain pickles, then half precision; never the larger ones beside those that are used."""
     there = [f"unet/diffusion_pytorch_model{middle}.{ending}", "unet/config.json", "model_index.json"]
-    asked = []
-
-    def fetch(name, allow_patterns):
-        asked.append(allow_patterns)
-        for path in there:
-            if any(fnmatch(path, pattern) for pattern in allow_patterns):
-                (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / path).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    asked = on_hub(monkeypatch, tmp_path, there)
     assert snapshot("a/b", None) == tmp_path and (tmp_path / there[0]).is_file()
     assert len(asked) == [".", "", ".fp16", ".bf16"].index(middle) * 2 - (ending == "safetensors")
 
@@ -274,16 +282,33 @@ def test_of_a_repository_that_is_one_part_that_is_fetched(tmp_path, monkeypatch,
         "v1-5-pruned.safetensors",
         "tf_model.h5",
     ]
-
-    def fetch(name, allow_patterns):
-        for path in there:
-            if any(fnmatch(path, pattern) for pattern in allow_patterns):
-                (tmp_path / path).touch()
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    on_hub(monkeypatch, tmp_path, there)
     assert snapshot("a/b", None) == tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {*there[:5]}
+
+
+def test_parts_without_safetensors_come_as_pickles(tmp_path, monkeypatch):
+    """And of each part the best that there is of it, no more."""
+    wanted = [
+        *("model_index.json", "unet/config.json", "vae/config.json", "text_encoder/config.json"),
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/diffusion_pytorch_model.bin",
+        "text_encoder/model.fp16.safetensors",
+    ]
+    on_hub(monkeypatch, tmp_path, [*wanted, "unet/diffusion_pytorch_model.bin", "unet/model.fp16.safetensors"])
+    snapshot("a/b", None)
+    assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")} == {*wanted}
+
+
+def test_a_repository_of_single_files_is_told_how_to_name_one(tmp_path, monkeypatch):
+    on_hub(monkeypatch, tmp_path / "never made", ["Deliberate_v6.safetensors"])
+    with pytest.raises(UserError, match="a/b holds no model in diffusers' layout; .* as a/b/FILE.safetensors"):
+        load("a/b", **CPU)
+
+
+def test_a_hash_of_what_came_from_the_hub_asks_only_the_cache(tmp_path, monkeypatch):
+    asked = on_hub(monkeypatch, tmp_path, ["config.json", "diffusion_pytorch_model.safetensors"])
+    assert weights_hash(Path("a/b"), "vae") and asked == [True]
 
 
 @pytest.mark.parametrize("name", ["no-such-folder", "a/b/c", "/no/such/place", "../x/y", "what ever/it is"])

@@ -14,7 +14,7 @@ from test_control_pictures import HINT, picture_of, tiny_net
 
 import plainsd
 from plainsd.cli import main
-from plainsd.commands.control import asked_controls, map_of
+from plainsd.commands.control import asked_controls, chosen_controls, map_of
 from plainsd.commands.flags import GenerateFlags
 from plainsd.errors import UserError
 from plainsd.files.control import XL_MID, XL_SMALL, is_control, known_unets, open_control
@@ -24,6 +24,9 @@ from plainsd.files.stored import empty
 from plainsd.models.control import ControlConfig, ControlNet, way_down
 from plainsd.models.unet import UNet
 from plainsd.models.variants import SD1_UNET, SD2_UNET, XL_UNET
+from plainsd.pictures.control import fitted
+from plainsd.pictures.images import to_tensor
+from plainsd.pictures.masks import resized
 from plainsd.pictures.settings import ControlNote, Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
@@ -110,6 +113,18 @@ def original(sd, net, path) -> tuple[dict, dict]:
     base = {name.removeprefix(start): tensor for name, tensor in load_file(path / "model.safetensors").items()
             if name.startswith(start)}  # fmt: skip
     return {name.removeprefix("control_model."): tensor for name, tensor in tensors.items()}, base
+
+
+def test_a_net_in_a_whole_checkpoint(sd, tmp_path, tiny_known):
+    """As the first were published. Where a model is asked for, the file is that."""
+    net = tiny_net(sd)
+    tensors, _ = original(sd, net, tmp_path)
+    whole = load_file(tmp_path / "model.safetensors") | {f"control_model.{name}": t for name, t in tensors.items()}
+    torch.save({"state_dict": whole}, tmp_path / "control_sd15_canny.pth")
+    assert same(plainsd.load_control(tmp_path / "control_sd15_canny.pth", **CPU), net)
+    assert not is_control(tmp_path / "control_sd15_canny.pth")
+    convert(tmp_path / "control_sd15_canny.pth", tmp_path / "m", family=sd.variant.name)
+    assert (tmp_path / "m" / "unet").is_dir()
 
 
 @pytest.mark.parametrize("prefix", ["control_model.", ""])
@@ -334,12 +349,29 @@ EXTENSION = (
 def test_the_extensions_text_is_read():
     text = f"a\nSteps: 20, Sampler: Euler, CFG scale: 7, Seed: 1, Size: 512x512, {EXTENSION}, Version: v1.10.1"
     (note,) = parse_settings(text).control
-    assert note == ControlNote("canny", "control_v11p_sd15_canny [d14c016b]", 0.75, 0.1, 0.9, "control")
+    assert note == ControlNote("canny", "control_v11p_sd15_canny [d14c016b]", 0.75, 0.1, 0.9, "control", resize="crop")
     text = text.replace("Pixel Perfect: True", "Pixel Perfect: False").replace("A: 100.0", "A: 30.0")
     (own,) = parse_settings(text).control
     assert own == note._replace(thresholds=(30.0, 200.0), resolution=512)
     (none,) = parse_settings(text.replace("Module: canny", "Module: none")).control
     assert (none.thresholds, none.resolution) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "how"), [("Just Resize", "stretch"), ("Crop and Resize", "crop"), ("Scale to Fit (Inner Fit)", "crop"),
+                      ("Resize and Fill", "fill"), ("Unheard of", "stretch")],
+)  # fmt: skip
+def test_a_map_of_another_shape_is_resized_as_its_text_says(sd, tmp_path, said, how):
+    text = f"a\nSteps: 20, Seed: 1, {EXTENSION}".replace("Crop and Resize", said).replace("canny,", "none,")
+    (note,) = parse_settings(text).control
+    plainsd.save_control(tiny_net(sd), tmp_path / "net")
+    map = picture_of(0).resize((64, 32))
+    map.save(tmp_path / "map.png")
+    flags = GenerateFlags(control=(str(tmp_path / "net"),), control_image=(tmp_path / "map.png",))
+    (control,) = chosen_controls(flags, sd, [note])
+    assert note.resize == control.note.resize == how
+    ((shown,),) = (one.maps for one in fitted([control], (64, 64)))
+    assert torch.allclose(shown, to_tensor(resized(map, (64, 64), how)) / 2 + 0.5, atol=1e-6)
 
 
 @pytest.mark.parametrize("module", ["canny", "none"])
@@ -363,6 +395,7 @@ NOTES = (
     ControlNote(kinds=(0, 3), model="union [89abcdef]"),
     ControlNote("canny", "net [01234567]", thresholds=(30.0, 60.5), resolution=128),
     ControlNote("canny", "net [01234567]", thresholds=(0.0, 60.0)),
+    ControlNote(resize="fill"),
 )
 
 

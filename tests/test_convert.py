@@ -35,6 +35,9 @@ def public_extras(name: str) -> dict[str, torch.Tensor]:
             "sqrt_recipm1_alphas_cumprod": torch.rand(9),
             "model_ema.diffusion_modelout0weight": torch.rand(3),
             "cond_stage_model.transformer.text_model.embeddings.position_ids": ids,
+            "embedding_manager.embedder.initial_embeddings": torch.rand(3),
+            "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.rand(3, 3),
+            "control_model.input_hint_block.0.weight": torch.rand(3, 3, 3, 3),
         }
     if name.startswith("sd2"):
         block = "cond_stage_model.model.transformer.resblocks.23."
@@ -48,6 +51,7 @@ def public_extras(name: str) -> dict[str, torch.Tensor]:
         return {
             "conditioner.embedders.0.transformer.text_model.embeddings.position_ids": ids,
             "conditioner.embedders.1.model.logit_scale": torch.tensor(4.6),
+            "conditioner.embedders.0.text_projection": torch.rand(16, 16),  # ComfyUI, 2023
             "denoiser.sigmas": torch.rand(9),
         }
     return {"conditioner.embedders.0.model.logit_scale": torch.tensor(4.6)}
@@ -86,6 +90,21 @@ def test_single_file_with_other_spellings(tmp_path, small_families, monkeypatch)
     convert(tmp_path / "b", tmp_path / "c.safetensors", "single-file")
     assert same_tensors(load_file(tmp_path / "c.safetensors"), tensors)
     assert same_networks(load(tmp_path / "a.safetensors", **CPU), sd)
+
+
+def test_a_projection_that_is_not_transposed(tmp_path, small_families, monkeypatch):
+    """diffusers' conversion script of 2023 wrote SDXL's as transformers has it."""
+    sd = model("sdxl-base")
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
+    save(sd, tmp_path / "a.safetensors", layout="single-file")
+    tensors, name = load_file(tmp_path / "a.safetensors"), "conditioner.embedders.1.model.text_projection"
+    tensors[f"{name}.weight"] = tensors.pop(name).T.contiguous()
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert same_networks(load(tmp_path / "a.safetensors", family="sdxl-base", **CPU), sd)
+    convert(tmp_path / "a.safetensors", tmp_path / "b", "diffusers", family="sdxl-base")
+    assert same_networks(load(tmp_path / "b", **CPU), sd)
+    convert(tmp_path / "b", tmp_path / "c.safetensors", "single-file")
+    assert same_tensors(load_file(tmp_path / "c.safetensors"), tensors)
 
 
 OLD_ATTENTION = ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn."))
@@ -159,7 +178,11 @@ def test_pickled_checkpoint(tmp_path, small_families, monkeypatch):
     monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
     save(sd, tmp_path / "a.safetensors", layout="single-file")
     torch.save({"state_dict": load_file(tmp_path / "a.safetensors"), "global_step": 7}, tmp_path / "a.ckpt")
-    assert same_networks(load(tmp_path / "a.ckpt", **CPU), sd)
+    again = load(tmp_path / "a.ckpt", **CPU)
+    assert same_networks(again, sd)
+    with open(tmp_path / "a.ckpt", "r+b") as file:
+        file.write(bytes((tmp_path / "a.ckpt").stat().st_size))  # nothing of the model is left in the file
+    assert same_networks(again, sd)
 
 
 def test_shards_variants_and_pickles_in_a_folder(tmp_path):
@@ -269,6 +292,16 @@ def test_parts_that_are_not_written_are_not_named(tmp_path):
     written = json.loads((tmp_path / "other" / "model_index.json").read_text())
     assert written["safety_checker"] == written["feature_extractor"] == [None, None]
     assert written["unet"] == ["diffusers", "UNet2DConditionModel"]
+
+
+def test_leftovers_of_an_overwritten_model_go(tmp_path):
+    save(model("sd1"), tmp_path / "a.safetensors")
+    tensors, own = load_file(tmp_path / "a.safetensors"), dict(open_tensors(tmp_path / "a.safetensors").metadata)
+    save_file(tensors | {"model_ema.decay": torch.tensor(0.5)}, tmp_path / "a.safetensors", own)
+    convert(tmp_path / "a.safetensors", tmp_path / "m")
+    assert (tmp_path / "m" / "leftovers.safetensors").is_file()
+    save(model("sd1"), tmp_path / "m")
+    assert not (tmp_path / "m" / "leftovers.safetensors").exists()
 
 
 def test_another_vae(tmp_path):
@@ -437,11 +470,13 @@ def test_what_other_programs_noted_stays(tmp_path):
         "modelspec.license": "MIT",
         "sd_merge_recipe": "{}",
         "modelspec.hash_sha256": "0x1",
+        "modelspec.predict_key": "v",  # ComfyUI's word for what is written anew
     }
     save_file(tensors, tmp_path / "a.safetensors", own | said)
     convert(tmp_path / "a.safetensors", tmp_path / "b.safetensors", dtype="bfloat16")
     found = open_tensors(tmp_path / "b.safetensors").metadata
-    assert {name: found.get(name) for name in said} == said | {"modelspec.hash_sha256": None}
+    anew = dict.fromkeys(("modelspec.hash_sha256", "modelspec.predict_key"))
+    assert {name: found.get(name) for name in said} == said | anew
     convert(tmp_path / "b.safetensors", tmp_path / "c.safetensors", change=lambda c: with_recipe(c, {"type": "x"}, {}))
     changed = open_tensors(tmp_path / "c.safetensors").metadata
     assert "modelspec.title" not in changed and json.loads(changed["sd_merge_recipe"]) == {"type": "x"}

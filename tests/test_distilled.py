@@ -36,8 +36,15 @@ KINDS = {
     "dreamshaper_8LCM": "LCM",
     "LCM_Dreamshaper_v7": "LCM",
     "dmd2_sdxl_4step_unet": "DMD2",
+    "realisticVisionV60B1_v51HyperInpaintVAE": "Hyper",
+    "Juggernaut_XL_-_Hyper_by_RunDiffusion": "Hyper",
+    "realisticVision_hyper_inpainting": "Hyper",
     "hyperRealism_v30": None,
     "Hyper_Realistic": None,
+    "epic_hyper_realistic": None,
+    "photoHyperRealism_v2": None,
+    "some_hyperreal": None,
+    "hyperMix_v1": None,
     "v1-5-pruned-emaonly": None,
     "turbulence": None,
     "sd_xl_base_1.0": None,
@@ -94,6 +101,19 @@ def test_a_single_file_by_its_title_or_its_name(tmp_path, small_families, monkey
     assert load(tmp_path / "x_lightning.safetensors", family="sd1", **CPU).variant == FAMILIES["sd1"]
     (tmp_path / "m.safetensors").rename(tmp_path / "m_turbo.safetensors")  # ours notes its settings
     assert load(tmp_path / "m_turbo.safetensors", **CPU).variant.steps == sd.variant.steps
+
+
+def test_the_lightning_of_one_step_gives_x0(tmp_path, small_families, monkeypatch):
+    """Its name alone says it; whoever knows better is believed."""
+    sd = model("sdxl-base")
+    monkeypatch.setattr("plainsd.checkpoint.tokenizers", lambda *_: sd.tokenizers)
+    monkeypatch.setattr("plainsd.files.predicted.probe", lambda unet: pytest.fail("it was asked"))
+    save(sd, tmp_path / "a.safetensors")
+    file = without_notes(tmp_path / "a.safetensors").rename(tmp_path / "sdxl_lightning_1step_x0.safetensors")
+    with pytest.warns(UserWarning, match="euler, 1 steps, guidance 1, spacing trailing"):
+        assert load(file, **CPU).prediction == "sample"
+        assert load(file, prediction="epsilon", **CPU).prediction == "epsilon"
+    assert re.search(r"predicts +sample\n", info(file))
 
 
 def test_a_folder_by_its_name(tmp_path):

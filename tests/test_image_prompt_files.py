@@ -13,7 +13,7 @@ from test_image_prompt import CPU, TOWER, in_a_file, in_groups, picture_of, tiny
 import plainsd
 from plainsd.checkpoint import load_tower
 from plainsd.errors import UserError
-from plainsd.files.image_prompt import open_image_adapter, open_tower
+from plainsd.files.image_prompt import open_image_adapter, open_tower, tower_beside
 from plainsd.files.names import places
 from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
 from plainsd.models.vision import VISION_TOWERS, VisionConfig
@@ -50,6 +50,17 @@ def files(tmp_path, sd, capsys):
 def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     mine, its = a.state_dict(), b.state_dict()
     return mine.keys() == its.keys() and all(torch.equal(mine[name], its[name]) for name in mine)
+
+
+def test_of_the_towers_beside_an_adapter_the_one_that_fits_is_taken(files):
+    """As in the published repository, where adapters for SDXL lie beside a tower that some of them do not read."""
+    config = json.loads((files / "image_encoder" / "config.json").read_text())
+    for folder, width in (("sdxl_models", 40), ("models", config["hidden_size"])):
+        (files / folder / "image_encoder").mkdir(parents=True)
+        (files / folder / "image_encoder" / "config.json").write_text(json.dumps(config | {"hidden_size": width}))
+    for name, folder in (("plus", "models"), ("base", "sdxl_models"), ("other", "sdxl_models")):  # which fits neither
+        adapter = (files / f"{name}.safetensors").rename(files / "sdxl_models" / f"{name}.safetensors")
+        assert tower_beside(adapter) == files / folder / "image_encoder"
 
 
 # --- towers ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,22 @@ def test_a_single_file(tmp_path, small_families):
     assert "text_encoder" in info(tmp_path / "d.ckpt")
 
 
+BESIDE = ("lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "control_model.input_hint_block.0.weight",
+          "embedding_manager.embedder.initial_embeddings")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_adapters_in_a_checkpoint_do_not_make_it_one(tmp_path, small_families, name):
+    save(model("sd1"), tmp_path / "a.safetensors", layout="single-file")
+    tensors = load_file(tmp_path / "a.safetensors") | {name: torch.zeros(31)}
+    save_file(tensors, tmp_path / "b.safetensors")
+    said = info(tmp_path / "b.safetensors")
+    assert "b.safetensors: sd1, a single file" in said and re.search("not used +31 numbers", said)
+    save_file(tensors | {"stray": torch.zeros(1)}, tmp_path / "c.safetensors")
+    with pytest.raises(UserError, match=r"1 unexpected \(stray\); it seems to be SD 1.x as a single file"):
+        info(tmp_path / "c.safetensors")
+
+
 def lora(width: int) -> dict[str, torch.Tensor]:
     start = "lora_unet_down_blocks_0_attentions_0_"
     return {

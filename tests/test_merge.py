@@ -21,6 +21,7 @@ from plainsd.adapters.extracting import extract_lora, low_rank
 from plainsd.adapters.lora import add_lora, inject, merge, save_lora
 from plainsd.checkpoint import load, save
 from plainsd.cli import main
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.convert import convert
 from plainsd.files.hashes import file_hash
@@ -307,6 +308,8 @@ WRONG = {
     "a share of no bounds": (["{a}", "{b}", "{c}", "--difference", "--share", "inf"], "--share inf is out of range"),
     "another family": (["{a}", "{xl}"], "does not match the first model .sd1.: .*take models of one family"),
     "another prediction": (["{a}", "{v}"], "predicts v_prediction, not epsilon"),
+    "another kind of noise": (["{v}", "{edm}"], "was trained at all noise levels .EDM., not at a table's noise levels"),
+    "a difference of two kinds": (["{a}", "{b}", "{v}", "--difference"], "v predicts v_prediction, not epsilon as B"),
     "other sizes": (["{a}", "{wide}"], "unet: channels .16, 64., not .16, 32."),
     "no model": (["{a}", "nowhere/at/all.safetensors"], "nowhere/at/all.safetensors"),
     "an unknown layout": (["{a}", "{b}", "--layout", "x"], "unknown layout 'x'"),
@@ -320,10 +323,14 @@ def zoo(tmp_path_factory):
     folder = tmp_path_factory.mktemp("zoo")
     a, b, c = three(folder)
     (xl,) = three(folder / "xl", "sdxl-base", ("diffusers",))
-    others = {"v": {"prediction": "v_prediction"}, "wide": {"unet": replace(FAMILIES["sd1"].unet, channels=(16, 64))}}
+    others = {
+        "v": {"prediction": "v_prediction"},
+        "edm": {"prediction": "v_prediction", "schedule": EDMSchedule(sigma_data=1.0), "spacing": "karras"},
+        "wide": {"unet": replace(FAMILIES["sd1"].unet, channels=(16, 64))},
+    }
     for name, change in others.items():
         save(tiny_sd(replace(FAMILIES["sd1"], **change)), folder / name)
-    return {"a": a, "b": b, "c": c, "xl": xl, "v": folder / "v", "wide": folder / "wide"}
+    return {"a": a, "b": b, "c": c, "xl": xl} | {name: folder / name for name in others}
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -332,6 +339,13 @@ def test_wrong_merges(zoo, tmp_path, capsys, case):
     code, _, err = run(capsys, "merge", *(text.format(**zoo) for text in arguments), "--out", tmp_path / "out")
     assert code == 2 and err.count("\n") == 1 and re.search(said, err), err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_may_go_to_a_model_that_predicts_otherwise(zoo, tmp_path):
+    """As people gave CosXL what they had taught SDXL."""
+    merge_models([zoo["edm"], zoo["b"], zoo["c"]], tmp_path / "out", 1.0, difference=True)
+    made, own = (load(path, **CPU) for path in (tmp_path / "out", zoo["edm"]))
+    assert made.variant == own.variant and not torch.equal(made.unet.conv_in.weight, own.unet.conv_in.weight)
 
 
 def test_a_difference_is_of_models_that_read_the_same(tmp_path):
@@ -482,8 +496,9 @@ def test_wrong_extractions(zoo, tmp_path, capsys, monkeypatch):
         code, _, err = run(capsys, "extract-lora", *arguments)
         assert code == 2 and said in err and err.count("\n") == 1, err
     assert not list(tmp_path.iterdir())
-    assert run(capsys, "extract-lora", zoo["b"], zoo["a"], "--rank", 2)[1].splitlines()[-1] == "1-lora.safetensors"
-    assert Path("1-lora.safetensors").is_file()
+    for base in ("a", "v"):  # what they predict does not matter
+        assert run(capsys, "extract-lora", zoo["b"], zoo[base], "--rank", 2)[1].endswith("\n1-lora.safetensors\n")
+        Path("1-lora.safetensors").unlink()
 
 
 def test_the_files_of_a_variant(tmp_path, capsys):

@@ -5,7 +5,10 @@ import os
 import pickle
 import zipfile
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 import torch
@@ -166,6 +169,22 @@ def test_a_larger_file_may_have_more(tmp_path, monkeypatch):
         unpickled(tmp_path / "a.ckpt")
     torch.save({"a": torch.zeros(2**18)}, tmp_path / "a.ckpt")
     assert unpickled(tmp_path / "a.ckpt")
+
+
+def test_one_is_read_at_a_time(tmp_path, monkeypatch):
+    """The classes that PyTorch lets pass while it reads one are those of the whole process."""
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.ckpt")
+    load, together, met = torch.load, Barrier(2), []
+
+    def watched(*arguments, **options):
+        with suppress(BrokenBarrierError):
+            met.append(together.wait(timeout=0.5))
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", watched)
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(unpickled, [tmp_path / "a.ckpt"] * 2))
+    assert not met
 
 
 def test_long_names(tmp_path):

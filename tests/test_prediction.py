@@ -1,6 +1,7 @@
 """What a model's network predicts, and zero terminal SNR: told in files, by flags, by a picture; asked by a trial."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_server_is_not_sent_it(generate, tmp_path, capsys):
     [
         (
             ["--prediction", "eps"],
-            "unknown prediction 'eps'; did you mean 'epsilon'? choose from epsilon, v_prediction",
+            "unknown prediction 'eps'; did you mean 'epsilon'? choose from epsilon, v_prediction, sample",
         ),
         (["--zero-snr", "maybe"], "unknown zero-snr 'maybe'; choose from on, off"),
     ],
@@ -173,6 +174,7 @@ def test_bad_flags(model, tmp_path, capsys, command, flags, said):
 
 
 def test_other_commands_take_it(model, tmp_path):
+    assert re.search(r"predicts +sample\n", info(model, None, "sample"))
     assert "v_prediction" in info(model, None, "v_prediction") and "zero terminal SNR" in info(model, zero_snr=True)
     found = {row.name: row for row in verify(model, device="cpu", prediction="v_prediction", zero_snr=True)}
     assert all(row.passed for row in found.values()), found

@@ -286,7 +286,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 OF_MODELS = re.compile(  # names in folders of models and parts
     r"unet|vae|scheduler|controlnet|safety_checker|feature_extractor|image_encoder|(text_encoder|tokenizer)(_\d)?"
     r"|(model_index|config|preview|(tokenizer|preprocessor|added_tokens|special_tokens|vocab|merges)\w*)\.(json|txt)"
-    r"|(diffusion_pytorch_|pytorch_)?model.*\.(safetensors|bin|json)"
+    r"|(diffusion_pytorch_|pytorch_)?model.*\.(safetensors|bin|json)|leftovers\.safetensors"
 )
 
 

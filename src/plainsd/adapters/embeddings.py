@@ -199,9 +199,12 @@ def read_vectors(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     content = embedding_content(path)
     name, found = parsed_embedding(content)
     if not found:
-        names = [str(name) for name in content if name != WORD_KEY] if isinstance(content, dict) else []
-        raise not_read(path, names)
+        raise not_read(path, names_in(content))
     return name, usable(path, found)
+
+
+def names_in(content: object) -> list[str]:
+    return [str(name) for name in content if name != WORD_KEY] if isinstance(content, dict) else []
 
 
 def not_read(path: Path, names: Sequence[str]) -> UserError:

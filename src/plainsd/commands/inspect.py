@@ -21,7 +21,7 @@ class Info:
     variant_file: Annotated[str | None, flag("NAME")] = None
     """fp16 reads the files *.fp16.safetensors of a folder"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what it predicts: epsilon or v_prediction"""
+    """override what it predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
 
@@ -54,7 +54,7 @@ class Convert:
     lora_partial: Switch = False
     """ignore the parts of a LoRA that do not fit the model"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what it predicts: epsilon or v_prediction"""
+    """override what it predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
     vae: Annotated[Path | None, flag("PATH")] = None
@@ -120,7 +120,7 @@ class Verify:
     family: Annotated[str | None, flag("NAME")] = None
     """model family of a single file, if its tensor shapes are ambiguous"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what it predicts: epsilon or v_prediction"""
+    """override what it predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
     device: str = "auto"

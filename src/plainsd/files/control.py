@@ -84,17 +84,20 @@ def is_control(path: Path) -> bool:
 
 
 def holds_control(file: TensorFile) -> bool:
+    """Whether a file is a ControlNet; a whole checkpoint with one beside it is a model."""
     names = file.tensors
+    if detect.is_checkpoint(names):
+        return False
     starts = ("controlnet_cond_embedding.", f"{PREFIX}input_hint_block.", "input_hint_block.")
     return CONTROL_NOTE in file.metadata or LOW_RANK in names or any(name.startswith(starts) for name in names)
 
 
 def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
-    """A ControlNet in any of its forms."""
+    """A ControlNet in any of its forms, in a whole checkpoint too."""
     if path.is_dir():
         config, conv = read_control(read_json(path / "config.json"), str(path / "config.json"))
         return StoredControl(config, open_part(path, variant_file), conv)
-    file = open_tensors(path)
+    file = without_model(open_tensors(path))
     if not holds_control(file):
         raise UserError(f"{path} is not a ControlNet: it seems to be {detect.seems(file.tensors)}", field="control")
     form = next((word for word in (LOW_RANK, DIFFERENCE) if word in file.tensors), "")
@@ -104,6 +107,18 @@ def open_control(path: Path, variant_file: str | None = None) -> StoredControl:
     config = noted(file) or shaped(file, names, partial=bool(form))
     conv = any(name.endswith("proj_in.weight") and len(tensor.shape) == 4 for name, tensor in tensors.items())
     return StoredControl(config, file, conv, names, form)
+
+
+def without_model(file: TensorFile) -> TensorFile:
+    """The net alone, where the original's training saved it with the model that it is for."""
+    if not any(name.startswith(PREFIX) for name in file.tensors):
+        return file
+    own = {
+        name: tensor
+        for name, tensor in file.tensors.items()
+        if name.startswith(PREFIX) or name in (DIFFERENCE, LOW_RANK)
+    }
+    return replace(file, tensors=own)
 
 
 def noted(file: TensorFile) -> ControlConfig | None:

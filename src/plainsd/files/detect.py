@@ -1,7 +1,7 @@
 """What a file of tensors is, from its tensors' names and shapes; never from the file's name."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from plainsd.models.variants import VARIANTS, ScheduleConfig, Variant, check_rea
 
 UNET_PREFIX = "model.diffusion_model."
 FIRST = "input_blocks.0.0.weight"  # the UNet's first weight
+OF_CHECKPOINTS = (UNET_PREFIX, "first_stage_model.", "cond_stage_model.", "conditioner.", "depth_model.")
 ENDS = ("sigma_min", "sigma_max")
 ZERO_SNR_SETTINGS: dict[str, Any] = {"schedule": ScheduleConfig(zero_terminal_snr=True), "spacing": "trailing"}
 SAID = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}  # in metadata
@@ -32,7 +33,7 @@ SEEMS = (  # the first pattern that matches any name
     (r"^(adapter\.)?body\.\d+\.(in_conv|block1|resnets)", "a T2I-Adapter; give it with --control"),
     (r"^(image_proj|ip_adapter)\.", "an IP-Adapter; give it with --image-prompt"),
     (r"^(vision_model\.)?embeddings\.patch_embedding\.|^visual\.", "a CLIP image encoder; use it as --image-encoder"),
-    (r"^(string_to_param|emb_params|clip_[lg])\b|^<.*>$", EMBEDDING),
+    (r"^(string_to_param|em[bp]_params|clip_[lg])\b|^<.*>$", EMBEDDING),
     (r"joint_blocks\.", "Stable Diffusion 3"),
     (r"double_blocks\.", "FLUX or another rectified-flow transformer"),
     (r"^model\.diffusion_model\.transformer_blocks\.", "a diffusion transformer"),
@@ -52,8 +53,15 @@ SEEMS = (  # the first pattern that matches any name
 )
 
 
+def is_checkpoint(names: Container[str]) -> bool:
+    """Whether these are of a whole checkpoint; training programs leave adapters in such files."""
+    return UNET_PREFIX + FIRST in names
+
+
 def seems(names: Iterable[str]) -> str:
     names = list(names)
+    if is_checkpoint(names):
+        names = [name for name in names if name.startswith(OF_CHECKPOINTS)]
     for pattern, what in SEEMS:
         if any(re.search(pattern, name) for name in names):
             return what

@@ -24,18 +24,21 @@ OWN_TURBO = re.compile(
     r"^(sd|stable[-_ ]diffusion)[-_ ]?(xl)?([-_ ]?(1|2)\.\d)?[-_ ]turbo", re.IGNORECASE
 )  # Stability's
 NAME_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")  # camelCase, snake_case and numbers come apart
-HYPER = {"", "sd", "sdxl", "xl", "vae", "cfg", "unet", "step", "steps"}  # what follows it; not "hyperRealistic"
+AFTER_HYPER = {"", "sd", "sdxl", "xl", "vae", "cfg", "unet", "step", "steps"}  # in names that begin with it
+STYLE = ("real", "detail", "photo")  # hyperRealistic, hyper detailed
 STEPS_IN_NAME = re.compile(r"(?<!\d)(\d{1,2})[-_ ]?steps?", re.IGNORECASE)
 MOST_STEPS = 16
+X0 = re.compile(r"lightning.*[-_ ]x0(?![a-z0-9])", re.IGNORECASE)  # sdxl_lightning_1step_x0
 
 
 def distillation_named(text: str) -> str | None:
     """The distillation that a name refers to."""
     words = [word.lower() for word in NAME_WORD.findall(text)]
-    for word, following in pairwise([*words, ""]):
+    for before, (word, following) in enumerate(pairwise([*words, ""])):
         if word in ("turbo", "lightning", "lcm"):
             return {"turbo": "Turbo", "lightning": "Lightning", "lcm": "LCM"}[word]
-        if word == "hypersd" or word == "hyper" and (following in HYPER or following.isdigit()):
+        known = following in AFTER_HYPER or following.isdigit() or before and not following.startswith(STYLE)
+        if word == "hypersd" or word == "hyper" and known:
             return "Hyper"
         if word == "dmd":
             return "DMD2"

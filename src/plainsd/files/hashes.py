@@ -16,6 +16,7 @@ from pathlib import Path
 
 from plainsd.disk import cache_folder, read_json, written_whole
 from plainsd.errors import DiskError, UserError
+from plainsd.files.hub import find
 from plainsd.listing import hidden, suffix_of
 
 LARGE = 2**26  # bytes; smaller files are hashed every time
@@ -39,9 +40,11 @@ def hashes(
 
 
 def weights_hash(path: Path | None, part: str) -> str | None:
-    """Ten digits for a file, or for a folder with the weights of a model or of one part."""
+    """Ten digits for a file, or for a folder with the weights of a model or of one part; a Hub id is looked up in the
+    cache."""
     if path is None:
         return None
+    path = find(path, local=True)
     digests = [file_hash(file) for file in weights_of(path / part if (path / part).is_dir() else path)]
     whole = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     return whole[:10] if digests else None

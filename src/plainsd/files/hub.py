@@ -6,6 +6,7 @@ huggingface_hub is imported on demand: importing it takes as long as the rest of
 import re
 from functools import partial
 from importlib.resources import files
+from itertools import chain, product
 from pathlib import Path
 
 from plainsd.disk import recover
@@ -26,8 +27,8 @@ NAME = re.compile(r"\w[\w.-]*/[\w.-]+")  # owner/name
 FILE = re.compile(r"(\w[\w.-]*/[\w.-]+)/(.+\.(?i:safetensors|ckpt))")
 
 
-def find(source: str | Path | None, variant_file: str | None = None) -> Path:
-    """The file or folder that `source` names; None is the embedded model."""
+def find(source: str | Path | None, variant_file: str | None = None, *, local: bool = False) -> Path:
+    """The file or folder that `source` names; None is the embedded model. `local`: of the Hub only what is cached."""
     if source is None:
         embedded = Path(str(files("plainsd") / "assets" / "emoji"))
         if not embedded.is_dir():
@@ -38,34 +39,47 @@ def find(source: str | Path | None, variant_file: str | None = None) -> Path:
         return Path(source)
     name = str(source)
     if NAME.fullmatch(name):
-        return snapshot(name, variant_file)
+        return snapshot(name, variant_file, local=local)
     if file := FILE.fullmatch(name):
         from huggingface_hub import hf_hub_download
 
-        return Path(fetched(name, lambda: hf_hub_download(*file.groups())))
+        return Path(fetched(name, lambda: hf_hub_download(*file.groups(), local_files_only=local)))
     raise UserError(
         f"there is no model at {name!r}; give a model's folder, a .safetensors or .ckpt file, or a Hub "
         "repository id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
     )
 
 
-def snapshot(name: str, variant_file: str | None) -> Path:
-    """The folder of a repository, with one kind of weights only: safetensors, or pickles where there are no others."""
+def snapshot(name: str, variant_file: str | None, *, local: bool = False) -> Path:
+    """The folder of a repository, each part with one kind of weights only: safetensors, or pickles where there are no
+    others."""
     from huggingface_hub import snapshot_download
 
-    for variant in [variant_file] if variant_file else [None, "fp16", "bf16"]:  # full precision before half precision
-        middle = f".{variant}" if variant else ""
-        for ending in ("safetensors", "bin"):
-            weights = [
-                f"{part}/*model{middle}{shard}.{ending}" for part in MODEL_PARTS for shard in ("", "-?????-of-?????")
-            ]
-            weights += [f"{part}/*model-?????-of-?????{middle}.{ending}" for part in MODEL_PARTS if middle]
-            alone = [f"{part}{middle}{shard}.{ending}" for part in PART_WEIGHTS for shard in ("", "-?????-of-?????")]
-            patterns = [*SETTINGS_PATTERNS, *PART_SETTINGS, *weights, *alone]
-            folder = Path(fetched(name, partial(snapshot_download, name, allow_patterns=patterns)))
-            if any(any(folder.glob(pattern)) for pattern in (f"unet/*.{ending}", *alone)):
-                return folder
+    lacking, found = [*MODEL_PARTS], False
+    variants = [variant_file] if variant_file else [None, "fp16", "bf16"]  # full precision before half precision
+    for variant, ending in product(variants, ("safetensors", "bin")):
+        weights = {part: weight_files(f"{part}/*model", variant, ending) for part in lacking}
+        alone = [pattern for stem in PART_WEIGHTS for pattern in weight_files(stem, variant, ending)]
+        patterns = [*SETTINGS_PATTERNS, *PART_SETTINGS, *chain(*weights.values()), *alone]
+        download = partial(snapshot_download, name, allow_patterns=patterns, local_files_only=local)
+        folder = Path(fetched(name, download))
+        there = [part for part, its in {**weights, "": alone}.items() if any(any(folder.glob(one)) for one in its)]
+        found = found or bool(there)
+        lacking = [part for part in lacking if part not in there and (folder / part / "config.json").is_file()]
+        if found and not lacking:
+            return folder
+    if not any((folder / settings).is_file() for settings in ("model_index.json", "config.json")):
+        raise UserError(
+            f"the repository {name} holds no model in diffusers' layout; name a single file in it, as "
+            f"{name}/FILE.safetensors"
+        )
     return folder
+
+
+def weight_files(stem: str, variant: str | None, ending: str) -> list[str]:
+    """The names that one network's weights may have: whole, or in shards."""
+    middle, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    return [f"{stem}{end}.{ending}" for end in (middle, middle + shard, shard + middle)]
 
 
 def fetched(name: str, fetch) -> str:

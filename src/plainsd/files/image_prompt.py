@@ -23,7 +23,7 @@ from plainsd.files.stored import StoredNetwork
 from plainsd.files.tensorfile import TensorFile, open_tensors
 from plainsd.files.unusable import damaged
 from plainsd.models.clip import ACTIVATIONS
-from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig
+from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, tower_fits
 from plainsd.models.vision import VISION_TOWERS, VisionConfig, VisionTower
 
 TOWER_FOLDER = "image_encoder"  # where a tower lies beside its adapters
@@ -185,6 +185,12 @@ def read_image_adapter(file: TensorFile) -> ImageAdapterConfig:
 
 
 def tower_beside(path: Path) -> Path | None:
-    """The folder of a tower next to an adapter's file, or that of the other models, as SDXL's ViT-H adapters read."""
+    """The folder of a tower next to an adapter's file, or that of the other models, as SDXL's ViT-H adapters read: the
+    first that fits, else the first."""
     places = (path.parent / TOWER_FOLDER, path.parent.parent / "models" / TOWER_FOLDER)
-    return next((place for place in places if (place / "config.json").is_file()), None)
+    found = {place / "config.json": place for place in places if (place / "config.json").is_file()}
+    adapter = read_image_adapter(open_tensors(path)) if len(found) > 1 else None
+    for file, place in found.items():
+        if adapter is None or tower_fits(read_vision(read_json(file), str(file)), adapter):
+            return place
+    return next(iter(found.values()), None)

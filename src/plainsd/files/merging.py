@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError
 from plainsd.files.convert import convert, read
 from plainsd.files.hub import find
 from plainsd.files.recipe import digits_of, narrowed, with_recipe
 from plainsd.files.stored import Contents, at_least_single, parts
 from plainsd.files.tensorfile import Stored
+from plainsd.models.variants import Variant
 
 MERGE_HASH_KEYS = ("primary_model_hash", "secondary_model_hash", "tertiary_model_hash")
 METHODS = {False: "Weighted sum", True: "Add difference"}  # as A1111 calls them
@@ -68,9 +70,11 @@ def check_recipe(count: int, share: float, *, difference: bool) -> None:
 
 def merged_models(first: Contents, others: Sequence[tuple[str, Contents]], share: float) -> Contents:
     """The first model with the others (one: B; two: B and C) merged into it. `names` are for error messages."""
-    for name, other in others:
-        check_alike(first, other, name, inpainting=True)
     (_, b), (name, c) = others[0], others[-1]
+    for other_name, other in others:
+        check_alike(first, other, other_name, inpainting=True, noise=len(others) == 1)
+    if said := noise_differences(b.variant, c.variant):
+        raise UserError(f"{name} {' and '.join(said)} as B; take the difference of two models that were trained alike")
     if b.variant.unet.in_channels != c.variant.unet.in_channels:
         raise UserError(
             f"{name}: its UNet reads {c.variant.unet.in_channels} channels and B's {b.variant.unet.in_channels}; "
@@ -105,14 +109,23 @@ def mixed(name: str, first: Stored, others: Sequence[Stored], share: float) -> S
     return Stored(first.dtype, first.shape, whole)
 
 
-def check_alike(first: Contents, other: Contents, name: str, *, inpainting: bool = False) -> None:
-    """UserError unless networks (except autoencoders) and predictions are the same. With `inpainting`, the first may be
-    an inpainting model and the other not."""
-    mine, theirs, differences = first.variant, other.variant, []
+def noise_differences(mine: Variant, theirs: Variant) -> list[str]:
+    """How the other's prediction and kind of noise differ."""
+    edm = isinstance(theirs.schedule, EDMSchedule)
+    found = [f"predicts {theirs.prediction}, not {mine.prediction}"] if theirs.prediction != mine.prediction else []
+    if edm != isinstance(mine.schedule, EDMSchedule):
+        levels = ("at all noise levels (EDM)", "at a table's noise levels")
+        found.append(f"was trained {levels[not edm]}, not {levels[edm]}")
+    return found
+
+
+def check_alike(first: Contents, other: Contents, name: str, *, inpainting: bool = False, noise: bool = False) -> None:
+    """UserError unless the networks (except autoencoders) are the same; with `noise`, what they predict too. With
+    `inpainting`, the first may be an inpainting model and the other not."""
+    mine, theirs = first.variant, other.variant
+    differences = noise_differences(mine, theirs) if noise else []
     if inpainting and (mine.unet.in_channels, theirs.unet.in_channels) == (9, 4):
         theirs = replace(theirs, unet=replace(theirs.unet, in_channels=9))
-    if mine.prediction != theirs.prediction:
-        differences.append(f"predicts {theirs.prediction}, not {mine.prediction}")
     pairs = dict(parts(mine)), dict(parts(theirs))
     for part in [part for part in pairs[0] if part != "vae"]:
         if part not in pairs[1]:

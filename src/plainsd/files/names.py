@@ -225,6 +225,7 @@ SPELLINGS = (                         # as the tables have it, as some diffusers
     (".to_v.",       ".value."),
     (".to_out.0.",   ".proj_attn."),
     ("cond_stage_model.", "conditioner.embedders.0."),  # SD-Turbo's own single file names its text encoder as SDXL's do
+    (".model.text_projection",  ".model.text_projection.weight"),  # diffusers' old script for SDXL; not transposed
 )
 # fmt: on
 
@@ -360,6 +361,11 @@ class TensorPlace:
         if self.mark == "transposed":
             return tensor.T
         return tensor[:, :, None, None] if self.mark == "conv" and tensor.ndim == 2 else tensor
+
+    def called(self, name: str) -> "TensorPlace":
+        """The same place under another spelling: a linear layer's `.weight` is not transposed."""
+        plain = self.mark == "transposed" and name.endswith(".weight")
+        return TensorPlace(name, self.ours, "" if plain else self.mark)
 
 
 def places(network: nn.Module, layout: str, *, conv: bool = True) -> list[TensorPlace]:

@@ -6,6 +6,7 @@ Three things look at a file, in this order: `pickle_scan` at all that the pickle
 
 import pickle
 import re
+import threading
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -55,6 +56,7 @@ HARMLESS = re.compile(
     r"|argparse\.Namespace|collections\.defaultdict"
 )
 MOST_NAMES = 200
+_loading = threading.Lock()  # the names that torch.load takes are those of the whole process
 OLD_PICKLES = 5  # of the older form: a number, a version, the machine, the content, the storages' names; then tensors
 
 
@@ -70,7 +72,7 @@ def unpickled(path: Path, stand_ins: Iterable[tuple[type, str]] = ()) -> object:
         if len(known) > MOST_NAMES:
             raise BadPickle(f"its pickle names {len(known)} classes")
         allowed: list[Any] = [(kind, name) for name, kind in known.items()]
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
+        with _loading, torch.serialization.safe_globals(allowed), warnings.catch_warnings(action="ignore"):
             # only the newer, zipped files can be mapped
             content = torch.load(path, mmap=zipped, map_location="cpu", weights_only=True)
         check_tensors(path, content)

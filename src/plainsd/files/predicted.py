@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from plainsd.diffusion.denoiser import PREDICTIONS
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.errors import UserError, unknown
 from plainsd.files.configs import NOTE, NOTED
@@ -19,7 +20,7 @@ from plainsd.files.stored import Contents
 from plainsd.json_reader import parsed_json
 from plainsd.models.variants import Variant
 
-CHOICES = ("epsilon", "v_prediction")
+CHOICES = PREDICTIONS  # of --prediction
 SCHEDULER = "scheduler/scheduler_config.json"
 
 

@@ -17,7 +17,7 @@ from plainsd.errors import UserError
 from plainsd.files.configs import read_variant
 from plainsd.files.configs_out import write_variant
 from plainsd.files.detect import MARKS, UNET_PREFIX, ZERO_SNR_SETTINGS, detect, predicting, seems
-from plainsd.files.distilled import with_distilled_settings
+from plainsd.files.distilled import X0, with_distilled_settings
 from plainsd.files.folder import spelling
 from plainsd.files.names import TensorPlace
 from plainsd.files.renumbered import without_gaps
@@ -45,6 +45,7 @@ OWN_NOTES = {
     SPELLINGS_KEY,
     "format",
     "modelspec.prediction_type",
+    "modelspec.predict_key",  # ComfyUI's
     "modelspec.hash_sha256",
 }  # written anew
 Note = TypeVar("Note", dict, list)
@@ -52,7 +53,8 @@ LEFTOVER_PREFIX = "leftovers."  # prefix of a folder's tensors that single files
 
 PATH = re.compile(r"(model_index|preview|(unet|vae|scheduler|(text_encoder|tokenizer)(_2)?)/\w[\w.-]*)\.(json|txt)")
 
-# Names besides the networks' own: EMA copies, buffers, training losses, and parts not needed for sampling.
+# Names besides the networks' own: EMA copies, buffers, training losses, parts not needed for sampling, and adapters
+# that training programs left.
 BESIDE = re.compile(
     "|".join(
         (
@@ -66,7 +68,10 @@ BESIDE = re.compile(
             r"denoiser\.",
             *(f"{re.escape(mark)}$" for mark in MARKS),
             r"first_stage_model\.loss\.",
-            r"cond_stage_model\.(logit_scale|text_projection)",
+            r"(cond_stage_model|conditioner\.embedders\.0)\.(logit_scale|text_projection)",
+            r"embedding_manager\.",
+            r"lora_(te|unet)_",
+            r"control_model\.",
             r".*\.position_ids$",
             r".*\.logit_scale$",
             re.escape(LEFTOVER_PREFIX),
@@ -121,7 +126,11 @@ def read_single(path: Path, family: str | None = None, *, vae: bool = True, pred
 
 def by_name(file: TensorFile, variant: Variant) -> tuple[Variant, str | None]:
     """The variant with the settings of a distillation named in the file's title or name, and a remark about it."""
-    return with_distilled_settings(variant, (file.metadata.get("modelspec.title", ""), file.path.stem))
+    return with_distilled_settings(variant, names_of(file))
+
+
+def names_of(file: TensorFile) -> tuple[str, str]:
+    return file.metadata.get("modelspec.title", ""), file.path.stem
 
 
 def variant_in(file: TensorFile, family: str | None = None, prediction: str | None = None) -> tuple[Variant, bool]:
@@ -137,6 +146,8 @@ def variant_in(file: TensorFile, family: str | None = None, prediction: str | No
             raise damaged(file.path, f"the settings {name!r} in its metadata are incomplete") from error
 
     variant, certain = (read_variant(get, str(file.path)), True) if texts else detect(file, family)
+    if not certain and prediction is None and any(map(X0.search, names_of(file))):
+        prediction = "sample"
     if not certain and prediction is not None:
         variant, certain = predicting(variant, prediction, "ztsnr" in file.tensors), True
     elif (

@@ -5,7 +5,7 @@ Names and shapes are checked strictly before any tensor is read.
 """
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -103,7 +103,7 @@ def places_of(
 ) -> list[TensorPlace]:
     """The places of the network's tensors in a file with these names."""
     found = places(network, layout, conv=conv)
-    return [replace(place, name=spelled(prefix + place.name, names)) for place in found]
+    return [place.called(spelled(prefix + place.name, names)) for place in found]
 
 
 def respelled(name: str, fragments: Iterable[str]) -> str:
@@ -163,16 +163,17 @@ def packed_tensors(
     bare, packed = blueprint(network.kind, network.config), {}
     shapes = {name: tensor.shape for name, tensor in bare.state_dict().items()}
     for place in places(bare, layout, conv=conv):
+        place = place.called(respelled(prefix + place.name, spelling))
         sources = [network.tensors[name] for name in place.ours]
         kind = dtype or sources[0].dtype
-        read = partial(whole_of, place, sources, kind, respelled(prefix + place.name, spelling))
-        packed[respelled(prefix + place.name, spelling)] = Stored(kind, tuple(place_shape(place, shapes)), read)
+        read = partial(whole_of, place, sources, kind)
+        packed[place.name] = Stored(kind, tuple(place_shape(place, shapes)), read)
     return packed
 
 
-def whole_of(place: TensorPlace, sources: list[Stored], kind: torch.dtype, name: str) -> torch.Tensor:
+def whole_of(place: TensorPlace, sources: list[Stored], kind: torch.dtype) -> torch.Tensor:
     """A tensor of the file from ours."""
-    return place.to_theirs([cast(name, stored, kind) for stored in sources])
+    return place.to_theirs([cast(place.name, stored, kind) for stored in sources])
 
 
 def cast(name: str, stored: Stored, dtype: torch.dtype) -> torch.Tensor:

@@ -234,7 +234,7 @@ def open_pickle(path: Path) -> TensorFile:
 
 def tensors_by_name(path: Path, table: Mapping[Any, object]) -> dict[str, Stored]:
     found = ((name, value) for name, value in table.items() if isinstance(value, Tensor))
-    return {readable_name(path, name): stored(value) for name, value in found}
+    return {readable_name(path, name): stored(value, copy=True) for name, value in found}
 
 
 def readable_name(path: Path, key: object) -> str:
@@ -244,9 +244,9 @@ def readable_name(path: Path, key: object) -> str:
     return name
 
 
-def stored(tensor: Tensor) -> Stored:
-    """A Stored for a tensor in memory."""
-    return Stored(tensor.dtype, tuple(tensor.shape), lambda dtype=None: tensor.to(dtype or tensor.dtype))
+def stored(tensor: Tensor, *, copy: bool = False) -> Stored:
+    """A Stored for a tensor in memory; `copy` where that is a file's, mapped: the file may be overwritten later."""
+    return Stored(tensor.dtype, tuple(tensor.shape), lambda dtype=None: tensor.to(dtype or tensor.dtype, copy=copy))
 
 
 def open_tensors(path: Path) -> TensorFile:

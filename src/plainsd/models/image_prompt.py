@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from plainsd.models.layers import Attention
 from plainsd.models.unet import Block, Middle
-from plainsd.models.vision import VisionStates
+from plainsd.models.vision import VisionConfig, VisionStates
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,15 @@ class ImageAdapterConfig:
     inner: int = 768  # width of the resampler
     layers: int = 4
     heads: int = 12
+
+
+def width_read(tower: VisionConfig, adapter: ImageAdapterConfig) -> int:
+    """The width of the states that the adapter reads of this tower."""
+    return tower.projection if adapter.kind == "base" else tower.width
+
+
+def tower_fits(tower: VisionConfig, adapter: ImageAdapterConfig) -> bool:
+    return width_read(tower, adapter) == adapter.states
 
 
 class Projection(nn.Module):

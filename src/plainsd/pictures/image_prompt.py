@@ -20,10 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from plainsd.errors import UserError
-from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, attentions_of
+from plainsd.models.image_prompt import ImageAdapter, ImageAdapterConfig, attentions_of, tower_fits, width_read
 from plainsd.models.layers import Beside
 from plainsd.models.unet import EachBeside, UNet
-from plainsd.models.vision import VisionConfig, VisionStates, VisionTower
+from plainsd.models.vision import VisionStates, VisionTower
 from plainsd.pictures.control import acts_between, dtype_of
 from plainsd.pictures.control_checks import check_range, check_strength, family
 from plainsd.pictures.images import to_rgb
@@ -57,15 +57,6 @@ TOWERS = {  # by whether the projected vector is used, and its width: those of p
     (False, 1280): "OpenCLIP's ViT-H/14",
     (False, 1664): "OpenCLIP's ViT-bigG/14",
 }
-
-
-def width_read(tower: VisionConfig, adapter: ImageAdapterConfig) -> int:
-    """The width of the states that the adapter reads of this tower."""
-    return tower.projection if adapter.kind == "base" else tower.width
-
-
-def tower_fits(tower: VisionConfig, adapter: ImageAdapterConfig) -> bool:
-    return width_read(tower, adapter) == adapter.states
 
 
 def encoder_of(adapter: ImageAdapterConfig) -> str:

@@ -14,7 +14,7 @@ from plainsd.adapters.peft import PeftSettings
 from plainsd.adapters.reading import made_for
 from plainsd.diffusion.schedule import EDMSchedule
 from plainsd.files.control import CONTROL_FORMS, CONTROL_NOTE, holds_control, is_control, open_control
-from plainsd.files.detect import EMBEDDING, seems
+from plainsd.files.detect import EMBEDDING, is_checkpoint, seems
 from plainsd.files.folder import open_part, read_folder
 from plainsd.files.hub import find
 from plainsd.files.image_prompt import is_tower
@@ -63,13 +63,13 @@ def info(
     file = open_tensors(path)
     if holds_control(file):
         return control_info(path, variant_file)
-    kind = reading.unsupported(file)
-    if kind:
+    whole = is_checkpoint(file.tensors)  # whatever adapters lie beside
+    if kind := "" if whole else reading.unsupported(file):
         lines = [
             f"{path}: an adapter of a kind that is not supported, {kind}",
             row("tensors", sizes(file.tensors.values())),
         ]
-    elif reading.holds_adapter(file):
+    elif not whole and reading.holds_adapter(file):
         lines = [f"{path}: a LoRA", *lora_lines(file)]
     elif any(name.startswith("model.diffusion_model.") for name in file.tensors):
         check_prediction(prediction)

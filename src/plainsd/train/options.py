@@ -271,7 +271,7 @@ class TrainOptions:
     """model to fine-tune: a folder, a file or a Hub repository id; the embedded one if not given. With methods vae and
     scratch, training starts from its weights if it is given"""
     prediction: str | None = None
-    """override what --base predicts: epsilon or v_prediction"""
+    """override what --base predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: str | None = None
     """override whether --base has zero terminal SNR: on or off"""
     reading: OmitArgPrefixes[Data] = field(default_factory=Data)
