@@ -329,6 +329,32 @@ def test_lines_drawn_from_the_keyboard_are_undone(page):
     assert not page.js(PAINTED)
 
 
+def test_a_second_finger_draws_nothing(page):
+    page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.js("document.getElementById('mask').scrollIntoView({ block: 'center' })")
+    box = page.js("return document.getElementById('mask').getBoundingClientRect().toJSON()")
+
+    def touch(kind, *fingers):
+        points = [{"id": id, "x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+                  for id, x, y in fingers]  # fmt: skip
+        page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    def painted(x, y):
+        return page.js("const mask = document.getElementById('mask');"
+                       "const [x, y] = [...arguments].map((share) => share * mask.width);"
+                       "return mask.getContext('2d').getImageData(x, y, 1, 1).data[3] > 0", x, y)  # fmt: skip
+
+    touch("touchStart", (1, 0.2, 0.2))
+    touch("touchStart", (1, 0.2, 0.2), (2, 0.8, 0.8))
+    touch("touchMove", (1, 0.2, 0.4), (2, 0.8, 0.6))
+    touch("touchEnd", (2, 0.8, 0.6))
+    touch("touchMove", (1, 0.2, 0.8))
+    touch("touchEnd")
+    assert painted(0.2, 0.2) and painted(0.2, 0.4) and painted(0.2, 0.8)
+    assert not any(painted(*place) for place in ((0.8, 0.8), (0.8, 0.6), (0.5, 0.5)))
+
+
 def test_an_error_stands_beside_its_field(page):
     page.set("width", 60)
     page.draw()
@@ -346,7 +372,8 @@ def test_an_error_stands_beside_its_field(page):
 
 def test_every_field_has_its_place_for_errors(page):
     placed = set(page.js("return [...document.querySelectorAll('[data-field]')].map((one) => one.dataset.field)"))
-    assert JobRequest.model_fields.keys() - placed == ELSEWHERE and placed <= JobRequest.model_fields.keys()
+    fields = JobRequest.model_fields.keys() - {"settled"}  # which no reader writes
+    assert fields - placed == ELSEWHERE and placed <= fields
     page.drop("#drop", "grey.png", png_bytes(Image.new("RGB", (64, 64), "grey")))
     page.until("!document.getElementById('canvas-tools').hidden")
     page.find("#mask").send_keys(" ")
@@ -444,6 +471,12 @@ def test_loras_are_added_and_come_back_with_their_picture(page):
     assert "paper 0.7 0.2" in page.find("#viewer-settings").text
     page.use()
     assert page.js(values) == ["paper", "0.7", "0.2"]
+    page.js("for (const one of document.querySelectorAll('.lora input')) {"
+            "one.value = ''; one.dispatchEvent(new Event('input', { bubbles: true })); }")  # fmt: skip
+    told = page.server.get(f"/api/images/{page.drawn()['images'][0]}").json()
+    assert told["loras"] == [{"name": "paper", "strength": 1}]
+    page.load()
+    assert page.js(values) == ["paper", "", ""]
 
 
 def test_files_that_cannot_be_used_are_listed(page, tmp_path, monkeypatch):
@@ -590,6 +623,15 @@ def test_text_that_is_pasted_with_a_picture_of_it_is_text(page):
     page.js(PASTE, page.find("#prompt"), picture)
     page.until("!document.getElementById('canvas-tools').hidden")
     page.js("document.getElementById('remove')?.click()")
+
+
+def test_text_that_is_dragged_into_the_prompt_is_dropped_there(page):
+    box = page.find("#prompt").rect
+    place = {"x": box["x"] + 20, "y": box["y"] + 10}
+    text = {"items": [{"mimeType": "text/plain", "data": "a boat"}], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        page.driver.execute_cdp_cmd("Input.dispatchDragEvent", {"type": kind, **place, "data": text})
+    page.until("document.getElementById('prompt').value === 'a boat'")
 
 
 BLOCKED = """

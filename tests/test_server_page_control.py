@@ -136,6 +136,10 @@ def test_several_units_come_back_with_their_picture(page):
     page.until("document.querySelectorAll('.unit .map[src]').length === 2")
     again = page.drawn()
     assert page.server.picture(again["images"][0]).tobytes() == page.server.picture(job["images"][0]).tobytes()
+    put(page, "Kind of map", "", 1)  # not the first
+    page.draw()
+    page.until("document.querySelectorAll('.unit')[1].querySelector('.error')")
+    assert "kind" in page.all(".unit")[1].find_element("css selector", ".error").text
 
 
 def test_a_picture_of_another_browser_comes_back_without_its_maps(page):

@@ -158,6 +158,27 @@ def test_a_dropped_picture_of_a_text_is_drawn_without_the_start_picture(page):
     page.until("document.getElementById('toast').textContent.includes('Its start picture is not in the file')")
 
 
+def test_the_prompts_of_a_picture_are_drawn_as_they_are_until_they_are_edited(page):
+    def drawn():
+        settings = page.settings(page.drawn())
+        return settings["prompt"], settings["negative"]
+
+    made = page.server.drawn(prompt="{{{apple}}}", negative="{rain}", steps=1, settled=["prompt", "negative"])
+    page.load()
+    page.find(".tile").click()
+    page.use()
+    assert drawn() == ("{{{apple}}}", "{rain}")
+    page.load()
+    assert drawn() == ("{{{apple}}}", "{rain}")
+    page.set("negative", "{rain}")  # by hand
+    assert drawn() == ("{{{apple}}}", "rain")
+    page.drop("#gallery", "made.png", page.server.get(f"/api/images/{made['images'][0]}.png").content)
+    page.until("document.getElementById('toast').textContent.includes('Settings restored from made.png')")
+    assert drawn() == ("{{{apple}}}", "{rain}")
+    page.find("#prompt").send_keys("!")
+    assert drawn() == ("apple!", "{rain}")
+
+
 # --- strength, interval, size ----------------------------------------------------------------------------------------
 
 
@@ -202,6 +223,45 @@ def test_a_guidance_interval_is_sent_or_refused(page):
         assert f"guidance interval {typed}: give two noise levels" in page.find("[data-field=interval] .error").text
     page.load()
     assert page.value("interval") == "low, high"
+
+
+def test_a_number_that_the_browser_cannot_read_is_refused(page):
+    start_from(page, noise_picture(64, 64))
+    page.set("prompt", "in steps")
+    page.find("#mask_blur").send_keys("1e")
+    page.draw()
+    page.until("document.querySelector('[data-field=mask_blur] .error')")
+    error = "Mask blur: not a number; correct it, or leave it empty"
+    assert page.find("[data-field=mask_blur] .error").text == error
+    page.find("#remove").click()  # and the mask's fields with it
+    page.find("#steps").clear()
+    page.find("#steps").send_keys("1e")
+    page.draw()
+    page.until("document.querySelector('[data-field=steps] .error')")
+    page.set("steps", 4)
+    assert page.drawn()["state"] == "done"
+
+
+def test_a_start_picture_without_a_side_is_refused(page):
+    start_from(page, noise_picture(64, 64))
+    page.set("width", "")
+    page.draw()
+    page.until("document.querySelector('[data-field=size] .error')")
+    assert page.find("[data-field=size] .error").text == "size 0x64: give both sides in pixels, such as 64"
+
+
+def test_a_grid_that_goes_down_alone_is_kept_and_refused(page):
+    page.set("prompt", "compared")
+    page.set("y-name", "guidance")
+    page.set("y-values", "1, 4")
+    page.load()
+    assert [page.value(id) for id in ("x-name", "x-values", "y-name", "y-values")] == ["", "", "guidance", "1, 4"]
+    page.draw()
+    page.until("document.querySelector('[data-field=grid] .error')")
+    assert "Down is filled in without Across" in page.find("[data-field=grid] .error").text
+    page.set("x-name", "seed")
+    page.set("x-values", "7")
+    assert page.drawn()["count"] == 3  # the pictures and their sheet
 
 
 def test_another_model_draws_the_start_picture_in_its_shape(page):

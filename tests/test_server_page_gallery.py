@@ -167,6 +167,51 @@ def test_a_selection_is_deleted_and_brought_back(page, ids):
     page.until("document.getElementById('toast').textContent.includes('too late for 2')")
 
 
+def test_nothing_extends_from_what_is_not_selected_any_more(page, ids):
+    from selenium.webdriver.common.keys import Keys
+
+    def there(count):
+        page.until(f"document.querySelectorAll('.cell').length === {count}")
+
+    click(page, ids[1], Keys.CONTROL)
+    page.find("#select-none").click()
+    click(page, ids[4], Keys.SHIFT)
+    assert chosen(page) == [ids[4]]
+    page.find("#select-none").click()
+    click(page, ids[1], Keys.CONTROL)
+    for search, count in (("nothing like it", 0), ("", 7)):
+        page.set("search", search)
+        there(count)
+    click(page, ids[4], Keys.SHIFT)
+    assert chosen(page) == [ids[4]]
+    page.find("#selected-delete").click()
+    there(6)
+    click(page, ids[5], Keys.SHIFT)
+    assert chosen(page) == [ids[5]]
+
+
+def test_deletions_are_undone_one_after_the_other(page, ids):
+    from selenium.webdriver.common.keys import Keys
+
+    def tile(id):
+        return page.find(f".cell[data-id='{id}'] .tile")
+
+    held = "new KeyboardEvent('keydown', { key: 'Delete', repeat: true, bubbles: true })"
+    page.js(f"arguments[0].dispatchEvent({held})", tile(ids[0]))
+    for id in ids[1:3]:
+        tile(id).send_keys(Keys.DELETE)
+        page.until(f"!document.querySelector(\".cell[data-id='{id}']\")")
+    assert shown(page) == [ids[0], *ids[3:]]
+    page.server.post("/api/images/delete", {"ids": [ids[3]]})
+    tile(ids[3]).send_keys(Keys.DELETE)  # it is gone, and the page does not know it
+    page.until("document.querySelectorAll('.cell').length === 4")
+    assert "1 picture deleted" in page.find("#toast").text  # of the one before
+    for id in ids[2:0:-1]:
+        page.driver.switch_to.active_element.send_keys(Keys.CONTROL, "z")
+        page.until(f"document.querySelector(\".cell[data-id='{id}']\")")
+    assert shown(page) == [*ids[:3], *ids[4:]]
+
+
 def test_a_selection_is_sent_as_a_zip(page, ids):
     from selenium.webdriver.common.keys import Keys
 

@@ -97,6 +97,48 @@ def test_eight_jobs_at_once(page, brake):
 
 
 @needed
+def test_a_key_that_is_held_draws_once(page, brake):
+    def press(repeat, ctrl=True, times=1):
+        """Enter in the field of the seed; whether the browser would go on to submit the form."""
+        key = f"{{ key: 'Enter', ctrlKey: {str(ctrl).lower()}, repeat: {str(repeat).lower()} }}"
+        event = f"new KeyboardEvent('keydown', {{ bubbles: true, cancelable: true, ...{key} }})"
+        return page.js(f"return Array.from({{ length: {times} }}, () => seed.dispatchEvent({event}))[0]")
+
+    page.set("prompt", "held")
+    press(False, times=2)  # the second before the first is answered
+    page.until("document.querySelector('.card') && !document.getElementById('generate').disabled")
+    press(True)
+    assert press(False, ctrl=False) and not press(True, ctrl=False)
+    page.until("!document.getElementById('generate').disabled")
+    page.set("prompt", "after it")
+    page.draw()
+    page.until("document.querySelector('.card-prompt').textContent === 'after it'")
+    assert len(active(page.server)) == 2
+    brake.off()
+    page.until("!document.querySelector('.card progress')")
+
+
+@needed
+def test_a_finished_picture_opens_before_its_job_ends_and_outside_the_search(page, brake):
+    page.set("prompt", "one of five")
+    page.set("steps", 20)
+    page.set("count", 5)
+    page.draw()
+    brake.step(30)  # four at once, and half of the fifth
+    page.until("document.querySelector('.card img.whole')")
+    for condition in ("document.querySelector('.card progress')", "!document.querySelector('.tile')"):
+        page.until(condition)
+        page.find(".card img.whole").click()
+        page.until("document.getElementById('viewer').open")
+        assert page.find("#viewer-prompt").text == "one of five"
+        assert page.find("#newer").get_attribute("disabled") and page.find("#older").get_attribute("disabled")
+        page.find("#close").click()
+        brake.off()
+        page.until("document.querySelector('.card.over')")
+        page.set("search", "nothing like it")
+
+
+@needed
 def test_a_page_that_is_not_seen_has_no_stream_and_goes_on(page, brake):
     page.set("prompt", "in the background")
     page.set("steps", 4)
@@ -215,7 +257,9 @@ def test_the_gallery_stays_as_it_is_when_a_job_ends(page):
     page.drawn()
     page.until("document.querySelectorAll('.tile[title=new]').length === 2")
     assert len(page.all(".cell")) == count + 1  # as many as there were
-    page.find("#more").click()
-    page.until("document.getElementById('more').hidden")
+    while page.find("#more").is_displayed():
+        count = len(page.all(".cell"))
+        page.find("#more").click()
+        page.until(f"document.querySelectorAll('.cell').length > {count}")
     ids = [one["id"] for one in page.server.get("/api/images", params={"limit": 200}).json()["images"]]
     assert page.js("return [...document.querySelectorAll('.cell')].map((cell) => cell.dataset.id)") == ids

@@ -6,8 +6,8 @@ import browser
 import numpy as np
 import pytest
 from browser import chromium, needed  # noqa: F401
-from conftest import TINY
-from serving import model_folder, open_service, served, until
+from conftest import TINY, noise_picture
+from serving import model_folder, open_service, png_bytes, served, until
 
 import plainsd
 from plainsd.adapters.layers import Adapter
@@ -92,6 +92,24 @@ def test_the_page_draws_while_one_types(page):
     assert not page.all(".typed")
     for one in kept:
         page.server.session.delete(f"{page.server.url}/api/images/{one}", timeout=60)
+
+
+@needed
+def test_a_picture_that_is_kept_while_one_types_comes_back_with_its_start(page):
+    page.drop("#drop", "noise.png", png_bytes(noise_picture(128, 128)))
+    page.until("!document.getElementById('canvas-tools').hidden")
+    page.set("prompt", "a red apple")
+    page.find("#typing").click()
+    page.until("!document.querySelector('.typed .card-foot button').disabled")
+    page.find(".typed .card-foot button").click()
+    page.until("document.querySelectorAll('.tile').length === 1")
+    page.find("#typing").click()
+    page.find("#remove").click()
+    page.saved()
+    page.find(".tile").click()
+    page.use()
+    assert page.find("#canvas-tools").is_displayed()
+    page.server.session.delete(f"{page.server.url}/api/images/{page.find('.tile').get_attribute('data-id')}")
 
 
 @needed

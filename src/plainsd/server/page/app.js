@@ -14,12 +14,13 @@ import * as typing from "./typing.js";
 import * as units from "./units.js";
 
 async function draw() {
+  if ($("generate").disabled) return;
   clearErrors();
   $("generate").disabled = true;
   try {
-    const [body, start, controls, images] = [await form.request(), await paint.kept(), units.kept(), prompts.kept()];
+    const [body, inputs] = [await form.request(), await form.inputs()];
     const job = await call("/api/jobs", body);
-    if (start || controls.length || images.length) keep.keepJob(job.id, { start, controls: units.withMaps(controls), images });
+    if (inputs) keep.keepJob(job.id, inputs);
     jobs.watch(job);
     if (matchMedia("(max-width: 800px)").matches) $("stage").scrollIntoView({ behavior: "smooth" });
   } catch (error) {
@@ -77,8 +78,9 @@ function wireFiles() {
   addEventListener("dragleave", (event) => {
     if (carriesFiles(event)) $("overlay").hidden = --inside <= 0;
   });
-  addEventListener("dragover", (event) => event.preventDefault());
+  addEventListener("dragover", (event) => carriesFiles(event) && event.preventDefault());
   addEventListener("drop", (event) => {
+    if (!carriesFiles(event)) return; // text, for the field below it
     event.preventDefault();
     inside = 0;
     $("overlay").hidden = true;
@@ -111,10 +113,10 @@ async function start() {
     draw();
   };
   addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !document.querySelector("dialog[open]")) {
-      event.preventDefault();
-      draw();
-    }
+    if (event.key !== "Enter" || document.querySelector("dialog[open]")) return;
+    const ctrl = event.ctrlKey || event.metaKey;
+    if (ctrl || (event.repeat && !event.target.closest?.("textarea"))) event.preventDefault(); // held, it would submit again and again
+    if (ctrl && !event.repeat) draw();
   });
   const info = await call("/api/info");
   $("user").textContent = info.user ?? "";
@@ -126,7 +128,7 @@ async function start() {
   gallery.setUp(info);
   const refresh = () => gallery.reload().catch((error) => toast(error.message));
   jobs.setUp(refresh);
-  typing.setUp(info, form.request, refresh);
+  typing.setUp(info, form, refresh);
   await gallery.load();
   await jobs.resume();
   document.documentElement.dataset.ready = "yes";

@@ -19,6 +19,7 @@ const SIDES = ["left", "top", "right", "bottom"].map((side) => `outpaint-${side}
 const OF_MASK = ["mask_blur", "mask_grow", "masked_padding", "masked_content", "soft_mask"];
 const DRAFT = "plainsd.draft";
 let info;
+let settled = []; // prompts of a picture, whose choices are made: they are drawn as they are until they are edited
 let lastSeed = null;
 
 const modelOf = (name) => info.models.find((model) => model.name === name) ?? info.models[0];
@@ -59,6 +60,9 @@ function wire() {
   for (const name of ["steps", "guidance", "image_guidance"]) {
     $(`${name}-range`).oninput = () => ($(name).value = $(`${name}-range`).value);
     $(name).addEventListener("input", () => ($(`${name}-range`).value = $(name).value));
+  }
+  for (const field of ["prompt", "negative"]) {
+    $(field).addEventListener("input", () => (settled = settled.filter((name) => name !== field)));
   }
   $("model").onchange = takeDefaults;
   $("idea").onclick = () => {
@@ -170,25 +174,31 @@ function draft() {
   const rows = loras.fields();
   if (rows.length) fields.loras = rows;
   const axes = grid();
-  if (axes.length) fields.grid = axes;
+  if (axes.some((axis) => axis.name)) fields.grid = axes;
+  if (settled.length) fields.settled = settled;
   return { ...fields, ...kept.fields() };
 }
 
-function grid() {
-  const axes = ["x", "y"].map((side) => ({
-    name: $(`${side}-name`).value,
-    values: $(`${side}-values`).value.split(",").map((value) => value.trim()).filter((value) => value !== ""),
-  }));
-  return axes.filter((axis) => axis.name);
+const grid = () => ["x", "y"].map((side) => ({
+  name: $(`${side}-name`).value,
+  values: $(`${side}-values`).value.split(",").map((value) => value.trim()).filter((value) => value !== ""),
+}));
+
+// What a job is drawn on, as the browser keeps it; null where it is drawn from text alone.
+export async function inputs() {
+  const [start, controls, images] = [await paint.kept(), units.kept(), prompts.kept()];
+  return start || controls.length || images.length ? { start, controls: units.withMaps(controls), images } : null;
 }
 
 export async function request() {
+  rules.checkNumbers($("form"));
   const fields = draft();
   const controls = await units.request();
   if (controls.length) fields.controls = controls;
   const images = await prompts.request();
   if (images.length) fields.image_prompts = images;
   if (fields.interval) fields.interval = rules.interval(fields.interval);
+  if (fields.grid) fields.grid = rules.grid(fields.grid);
   const onlyMasked = fields.masked_padding !== undefined && !fields.outpaint;
   if (paint.hasPicture()) Object.assign(fields, await paint.pictures(fields.size, onlyMasked));
   else delete fields.outpaint;
@@ -233,6 +243,7 @@ function apply(settings, named = []) {
   SIDES.forEach((id, i) => set(id, settings.outpaint?.[i]));
   if (settings.size) [$("width").value, $("height").value] = settings.size;
   kept.fill(settings, worded);
+  settled = settings.settled ?? [];
   loras.fill(named);
   ["x", "y"].forEach((side, i) => {
     $(`${side}-name`).value = settings.grid?.[i]?.name ?? "";

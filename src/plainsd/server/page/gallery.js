@@ -113,9 +113,13 @@ function tile(picture) {
   return button;
 }
 
-export function open(id) {
-  const picture = shown.find((one) => one.id === id);
-  if (picture) view(picture);
+// Also one that the gallery does not show: of a job that goes on, or that the search leaves out.
+export async function open(id) {
+  try {
+    view(shown.find((one) => one.id === id) ?? (await call(`/api/images/${id}`)));
+  } catch (error) {
+    failed(error);
+  }
 }
 
 // --- one picture --------------------------------------------------------------------------------------------------

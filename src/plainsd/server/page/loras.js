@@ -1,7 +1,7 @@
 // LoRAs in the form: a row each.
 
 import { $, element } from "./api.js";
-import { options } from "./fields.js";
+import { numbers, options } from "./fields.js";
 
 let known = [];
 let changed = () => {};
@@ -20,7 +20,7 @@ function add({ name, strength, text_strength }) {
   const names = known.includes(name) ? known : [name, ...known];
   const choice = element("select", { ariaLabel: "LoRA" }, ...options(names.map((one) => [one, one])));
   choice.value = name;
-  const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength, ariaLabel: "Strength" });
+  const amount = element("input", { type: "number", step: "0.1", min: "-10", max: "10", value: strength ?? "", ariaLabel: "Strength" });
   const text = element("input", {
     type: "number", step: "0.1", min: "-10", max: "10", value: text_strength ?? "", placeholder: "text",
     ariaLabel: "Strength on the text encoders", title: "Strength on the text encoders; the same if empty",
@@ -43,6 +43,5 @@ export function fill(loras) {
 
 export const fields = () => [...$("loras").children].map((row) => {
   const [amount, text] = row.querySelectorAll("input");
-  const own = text.value === "" ? {} : { text_strength: Number(text.value) };
-  return { name: row.querySelector("select").value, strength: Number(amount.value), ...own };
+  return { name: row.querySelector("select").value, ...numbers({ strength: amount, text_strength: text }) };
 });

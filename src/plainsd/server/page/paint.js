@@ -1,6 +1,6 @@
 // The picture to start from, and the brush that marks what is to be drawn anew.
 
-import { $, base64Of } from "./api.js";
+import { $, Refused, base64Of } from "./api.js";
 import { PICTURES } from "./fields.js";
 import * as keep from "./keep.js";
 
@@ -122,7 +122,8 @@ function scaled(width, height, draw) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   context.imageSmoothingQuality = "high";
   draw(context);
-  return new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
+  const refused = new Refused(422, { message: `size ${width}x${height}: give both sides in pixels, such as ${native}`, field: "size" });
+  return new Promise((resolve, reject) => canvas.toBlob((blob) => (blob ? resolve(blob) : reject(refused)), "image/png"));
 }
 
 // --- the brush ----------------------------------------------------------------------------------------------------
@@ -194,21 +195,22 @@ const clamp = (value, most) => Math.min(Math.max(0, value), most);
 export function setUp() {
   const mask = $("mask");
   mask.onpointerdown = (event) => {
-    if (event.button > 2) return;
+    if (!event.isPrimary || event.button > 2) return; // a second finger draws nothing
     mask.setPointerCapture(event.pointerId);
     remember();
     last = place(event);
     stroke(last, last, erasing() || event.button === 2);
   };
   mask.onpointermove = (event) => {
-    if (!last) return;
+    if (!last || !event.isPrimary) return;
     for (const one of event.getCoalescedEvents?.() ?? [event]) {
       const next = place(one);
       stroke(last, next, erasing() || Boolean(event.buttons & 2));
       last = next;
     }
   };
-  mask.onpointerup = mask.onpointercancel = () => {
+  mask.onpointerup = mask.onpointercancel = (event) => {
+    if (!event.isPrimary) return;
     last = null;
     painted = anythingPainted();
     save();

@@ -9,7 +9,7 @@ let most = 1;
 const chosen = new Set(); // ids
 let anchor = null; // id from which shift extends
 let choosing = false; // a click chooses, without ctrl
-let lastDeleted = [];
+const deleted = []; // the ids of each deletion that Undo takes back, the latest last
 
 export function setUp(actions, limit) {
   ({ cells, reload, open } = actions);
@@ -25,9 +25,9 @@ export function setUp(actions, limit) {
   $("selected-delete").onclick = () => remove([...chosen]).catch(failed);
   addEventListener("keydown", (event) => {
     const writes = event.target.closest?.("input, textarea, select, dialog");
-    if ((event.ctrlKey || event.metaKey) && event.key === "z" && !writes && lastDeleted.length) {
+    if ((event.ctrlKey || event.metaKey) && event.key === "z" && !writes && deleted.length) {
       event.preventDefault();
-      restore(lastDeleted).catch(failed);
+      undo().catch(failed);
     }
   });
 }
@@ -41,7 +41,10 @@ export const isChosen = (id) => chosen.has(id);
 
 function choose(on) {
   choosing = on;
-  if (!on) chosen.clear();
+  if (!on) {
+    chosen.clear();
+    anchor = null;
+  }
   show();
 }
 
@@ -58,10 +61,11 @@ function between(first, last) {
   show();
 }
 
-// What is not in the gallery any more is not chosen any more.
+// What is not in the gallery any more is not chosen any more, and nothing extends from it.
 export function show() {
   const there = new Set(ids());
   for (const id of chosen) if (!there.has(id)) chosen.delete(id);
+  if (!there.has(anchor)) anchor = null;
   for (const cell of cells()) {
     cell.classList.toggle("chosen", chosen.has(cell.dataset.id));
     cell.querySelector(".pick").checked = chosen.has(cell.dataset.id);
@@ -109,6 +113,7 @@ function columns() {
 function keyed(event) {
   const cell = event.target.closest(".cell");
   if (!cell || event.altKey || (event.target.matches(".star") && [" ", "Enter"].includes(event.key))) return;
+  if (event.repeat && [" ", "Delete", "f"].includes(event.key)) return; // held, it would go on with the next picture
   const [all, { id }] = [cells(), cell.dataset];
   const place = all.indexOf(cell);
   const goes = { ArrowLeft: place - 1, ArrowRight: place + 1, ArrowUp: place - columns(), ArrowDown: place + columns(), Home: 0, End: all.length - 1 };
@@ -146,17 +151,22 @@ export async function remove(gone) {
   const all = ids();
   const place = all.findIndex((id) => gone.includes(id));
   const left = all.filter((id) => !gone.includes(id));
-  lastDeleted = (await call("/api/images/delete", { ids: gone })).ids;
+  const { ids: done } = await call("/api/images/delete", { ids: gone });
+  if (done.length) deleted.push(done);
   choose(false);
   await reload();
   cellOf(left[Math.min(place, left.length - 1)])?.querySelector(".tile").focus();
-  const count = lastDeleted.length === 1 ? "1 picture" : `${lastDeleted.length} pictures`;
-  toast(`${count} deleted.`, "Undo", () => restore(lastDeleted).catch(failed));
+  if (!done.length) return; // they were deleted before
+  toast(`${done.length === 1 ? "1 picture" : `${done.length} pictures`} deleted.`, "Undo", () => undo().catch(failed));
 }
 
-async function restore(back) {
-  const { ids: there } = await call("/api/images/restore", { ids: back });
-  lastDeleted = [];
+async function undo() {
+  const back = deleted.pop();
+  if (!back) return;
+  const { ids: there } = await call("/api/images/restore", { ids: back }).catch((error) => {
+    deleted.push(back);
+    throw error;
+  });
   await reload();
   cellOf(there[0])?.querySelector(".tile").focus();
   const missing = back.length - there.length;

@@ -2,21 +2,22 @@
 // unless it was kept.
 
 import { $, call, element, toast } from "./api.js";
+import * as keep from "./keep.js";
 import { effective } from "./rules.js";
 import { follow } from "./stream.js";
 
 const WAIT = 120; // milliseconds without another letter
-let info, request, keptOne;
+let info, form, keptOne;
 let card = null; // while it is on
 let seed = null; // of all pictures, where the form has none: only what is typed changes them
-let last = null; // the picture that is shown
+let last = null; // the picture that is shown: its id, its job, and what that was drawn on
 let wanted = null; // the timer of the next one, also when it has run out while one is drawn
 let busy = false;
 
 const quick = () => (info.models.find((model) => model.name === $("model").value) ?? info.models[0]).quick;
 
-export function setUp(told, requestOf, whenKept) {
-  [info, request, keptOne] = [told, requestOf, whenKept];
+export function setUp(told, theForm, whenKept) {
+  [info, form, keptOne] = [told, theForm, whenKept];
   const fit = () => {
     $("typing").closest("label").hidden = !quick();
     if (!quick() && card) off();
@@ -29,17 +30,18 @@ export function setUp(told, requestOf, whenKept) {
 
 function on() {
   seed = Math.floor(Math.random() * 2 ** 32);
-  const keep = element("button", { type: "button", className: "small", textContent: "Keep", disabled: true });
+  const button = element("button", { type: "button", className: "small", textContent: "Keep", disabled: true });
   const image = element("img", { alt: "" });
   const status = element("span", { className: "status", textContent: "Write a prompt" });
   const root = element("article", { className: "card typed" },
-    element("div", { className: "tiles" }, image), element("div", { className: "card-foot" }, status, keep));
-  keep.onclick = () => {
+    element("div", { className: "tiles" }, image), element("div", { className: "card-foot" }, status, button));
+  button.onclick = () => {
+    if (last?.inputs) keep.keepJob(last.job, last.inputs);
     last = null;
-    keep.disabled = true;
+    button.disabled = true;
     keptOne();
   };
-  card = { root, image, status, keep };
+  card = { root, image, status, button };
   $("stage").prepend(root);
   soon();
 }
@@ -65,10 +67,11 @@ async function draw() {
   if (!$("prompt").value.trim()) return;
   [busy, wanted] = [true, null];
   try {
-    const job = await call("/api/jobs", await few());
+    const [body, inputs] = [await few(), await form.inputs()];
+    const job = await call("/api/jobs", body);
     const told = await ended(job.id);
     if (told.error) throw new Error(told.error);
-    const [old, made] = [last, told.images[0] ?? null];
+    const [old, made] = [last, told.images.length ? { id: told.images[0], job: job.id, inputs } : null];
     last = card && made; // it may have been turned off meanwhile
     if (last) show(told);
     await remove(card ? old : made);
@@ -82,7 +85,7 @@ async function draw() {
 
 // What the form asks for, as one picture in few steps.
 async function few() {
-  const body = await request();
+  const body = await form.request();
   for (const name of ["grid", "hires"]) delete body[name];
   return { ...effective(body), ...quick(), seed: body.seed ?? String(seed), count: 1 };
 }
@@ -96,13 +99,13 @@ function ended(id) {
   }));
 }
 
-async function remove(id) {
-  if (id) await call(`/api/images/${id}`, undefined, "DELETE").catch((error) => error.status !== 404 && toast(error.message));
+async function remove(made) {
+  if (made) await call(`/api/images/${made.id}`, undefined, "DELETE").catch((error) => error.status !== 404 && toast(error.message));
 }
 
 function show(told) {
-  card.image.src = `/api/images/${last}.png`;
+  card.image.src = `/api/images/${last.id}.png`;
   card.image.alt = told.prompt;
-  card.keep.disabled = false;
+  card.button.disabled = false;
   card.status.textContent = `${Math.max(1, Math.round(1000 * (told.finished - told.started)))} ms · seed ${told.seeds[0]}`;
 }

@@ -158,7 +158,7 @@ function state(unit) {
   return {
     name: name.value, preprocess: preprocess.value, mode: mode.value, guess: guess.checked && !net?.adapter, image: unit.image,
     ...numbers({ strength, start, end }), ...(preprocess.value === "canny" ? numbers({ low, high, resolution }) : {}),
-    ...(net?.kinds ? { kind: [Number(kind.value)] } : {}),
+    ...(net?.kinds ? { kind: Object.values(numbers({ kind })) } : {}),
   };
 }
 
