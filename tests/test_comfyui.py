@@ -232,6 +232,7 @@ def test_a_picture_drawn_over():
     assert (one.strength, one.size, one.masked, one.other) == (0.6, None, False, (("Image", "my photo.png"),))
     over["empty"] = node("VAEEncodeForInpaint", pixels=["photo", 0], mask=["photo", 1])
     assert read(graph(**over)).masked
+    assert unused(graph(**over)) == "VAEEncodeForInpaint's grey under the mask and grow_mask_by"
     advanced = node("KSamplerAdvanced", add_noise="enable", noise_seed=4, steps=20, cfg=7, sampler_name="euler",
                     scheduler="karras", start_at_step=8, end_at_step=10000, return_with_leftover_noise="disable",
                     model=["model", 0], positive=["words", 0], negative=["against", 0],
@@ -265,6 +266,11 @@ def test_samplers_put_together(kind):
     nodes["levels"] = node("AlignYourStepsScheduler", model_type="SDXL", steps=10, denoise=1.0)
     one = read(nodes)
     assert (one.sampler, one.eta, one.spacing, one.steps) == ("dpmpp_2m_sde_heun", 0.5, "align_your_steps_xl", 10)
+    assert one.other == ()
+    nodes["which"] = node("SamplerDPMPP_SDE", eta=1.0, s_noise=["x", 0], r=0.4)
+    assert unused(nodes) == "SamplerDPMPP_SDE's s_noise, SamplerDPMPP_SDE's r 0.4"
+    nodes["which"] = node("SamplerEulerAncestral", eta=1.0, s_noise=1.1)
+    assert unused(nodes) == "SamplerEulerAncestral's s_noise 1.1"
     nodes["levels"] = node("SDTurboScheduler", model=["model", 0], steps=1, denoise=1.0)
     assert read(nodes).spacing == "sgm_uniform"
 
@@ -300,6 +306,55 @@ def test_a_network_between_two_passes_is_the_upscaler():
     assert (one.hires, one.upscaler, one.strength, one.other) == (2.0, "4x_ink", 0.5, ())
 
 
+@pytest.mark.parametrize(
+    ("name", "scale_by", "hires", "says"),
+    [("4x-UltraSharp.pth", None, 4.0, ""), ("4x-UltraSharp.pth", 0.5, 2.0, ""),
+     ("RealESRGAN_x2plus.pth", None, 2.0, ""), ("003_SwinIR_SRx4_GAN.pth", 0.25, 1.0, ""),
+     ("Remacri.pth", 0.5, 1.0, "ImageUpscaleWithModel's factor"),
+     ("ratio16x9.pth", None, 1.0, "ImageUpscaleWithModel's factor")],
+)  # fmt: skip
+def test_a_network_enlarges_as_its_name_says(name, scale_by, hires, says):
+    nodes = graph(
+        small=node("VAEDecode", samples=["sampler", 0]), net=node("UpscaleModelLoader", model_name=name),
+        larger=node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["small", 0]),
+        large=node("VAEEncode", pixels=["larger", 0]), **again(),
+    )  # fmt: skip
+    if scale_by:
+        nodes["sized"] = node("ImageScaleBy", upscale_method="lanczos", scale_by=scale_by, image=["larger", 0])
+        nodes = changed(nodes, "large", pixels=["sized", 0])
+    one = read(nodes)
+    assert (one.hires, one.upscaler, unused(nodes)) == (hires, name.removesuffix(".pth"), says)
+
+
+def test_a_network_without_a_loader_that_is_read_is_named():
+    larger = node("ImageUpscaleWithModel", upscale_model=["x", 0], image=["small", 0])
+    nodes = graph(small=node("VAEDecode", samples=["sampler", 0]), larger=larger,
+                  large=node("VAEEncode", pixels=["larger", 0]), **again())  # fmt: skip
+    assert (read(nodes).hires, read(nodes).upscaler) == (1.0, "latent")
+    assert unused(nodes) == "ImageUpscaleWithModel, ImageUpscaleWithModel's factor"
+
+
+def test_what_enlarges_twice():
+    once = node("LatentUpscaleBy", upscale_method="bicubic", scale_by=1.5, samples=["sampler", 0])
+    large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=2, samples=["once", 0])
+    one = read(graph(once=once, large=large, **again()))
+    assert (one.hires, one.upscaler) == (3.0, "latent")
+
+
+def test_what_is_dropped_on_the_way_to_the_latents_is_named():
+    """A mask of the second pass or of a picture from nothing, and what enlarges before the first pass."""
+    masked = node("SetLatentNoiseMask", samples=["sampler", 0], mask=["photo", 1])
+    photo = {"photo": node("LoadImage", image="x.png")}
+    assert unused(graph(large=masked, **photo, **again())) == "SetLatentNoiseMask"
+    empty = node("LatentUpscale", upscale_method="bilinear", width=768, height=1152, crop="off", samples=["masked", 0])
+    masked = node("SetLatentNoiseMask", samples=["small", 0], mask=["photo", 1])
+    nodes = graph(small=graph()["empty"], masked=masked, empty=empty, **photo)
+    assert unused(nodes) == "LatentUpscale, SetLatentNoiseMask" and not read(nodes).masked
+    larger = node("ImageUpscaleWithModel", upscale_model=["net", 0], image=["photo", 0])
+    nodes = graph(**photo, larger=larger, empty=node("VAEEncode", pixels=["larger", 0]))
+    assert unused(nodes) == "ImageUpscaleWithModel"
+
+
 def test_what_the_second_pass_has_of_its_own():
     large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=2, samples=["sampler", 0])
     more = node("CLIPTextEncode", text="a large embedding:boat", clip=["model", 1])
@@ -311,19 +366,27 @@ def test_what_the_second_pass_has_of_its_own():
     assert one.other == (("Hires seed", "6"),)
 
 
-def test_a_refiner_goes_on_where_the_model_ended():
-    shared = {"steps": 25, "cfg": 8, "sampler_name": "euler", "scheduler": "normal", "positive": ["words", 0],
+@pytest.mark.parametrize(
+    ("sampler", "says"), [("euler", ""), ("euler_ancestral", "seed 0 of the second sampler"),
+                          ("dpmpp_2m_sde_gpu", "seed 0 of the second sampler"), ("gradient_estimation", "")],
+)  # fmt: skip
+@pytest.mark.parametrize(("start", "steps", "handover"), [(0, 25, 0.8), (5, 20, 0.75)])
+def test_a_refiner_goes_on_where_the_model_ended(sampler, says, start, steps, handover):
+    """Its noise goes on here, and begins anew there."""
+    shared = {"steps": 25, "cfg": 8, "sampler_name": sampler, "scheduler": "normal", "positive": ["words", 0],
               "negative": ["against", 0]}  # fmt: skip
     one = read(graph(
         refiner=node("CheckpointLoaderSimple", ckpt_name="refiner.safetensors"),
-        sampler=node("KSamplerAdvanced", add_noise="enable", noise_seed=3, start_at_step=0, end_at_step=20,
+        empty=node("VAEEncode", pixels=["photo", 0]) if start else graph()["empty"],
+        sampler=node("KSamplerAdvanced", add_noise="enable", noise_seed=3, start_at_step=start, end_at_step=20,
                      return_with_leftover_noise="enable", model=["model", 0], latent_image=["empty", 0], **shared),
         again=node("KSamplerAdvanced", add_noise="disable", noise_seed=0, start_at_step=20, end_at_step=10000,
                    return_with_leftover_noise="disable", model=["refiner", 0], latent_image=["sampler", 0], **shared),
         decode=node("VAEDecode", samples=["again", 0]),
     ))  # fmt: skip
-    assert (one.model, one.refiner, one.handover, one.seed, one.steps) == ("boats", "refiner", 0.8, 3, 25)
-    assert one.other == (("ComfyUI nodes", "the text encoder of another checkpoint"),)
+    assert (one.model, one.refiner, one.handover, one.seed, one.steps) == ("boats", "refiner", handover, 3, steps)
+    said = ["the text encoder of another checkpoint", *filter(None, [says])]
+    assert dict(one.other)["ComfyUI nodes"] == ", ".join(said)
 
 
 def test_what_a_pass_that_goes_on_has_of_its_own_is_named():
@@ -342,6 +405,10 @@ def test_what_a_pass_that_goes_on_has_of_its_own_is_named():
         assert f"another {what} of the second sampler" in said
     assert "steps from 12 to 15 that no sampler runs" in said and "the end at step 18 of 20" in said
     assert "negative" not in said and "LoRAs" not in said
+    large = node("LatentUpscaleBy", upscale_method="bilinear", scale_by=1.5, samples=["sampler", 0])
+    assert "LatentUpscaleBy" in unused(changed(nodes | {"large": large}, "again", latent_image=["large", 0]))
+    nodes = changed(nodes | {"large": large}, "again", latent_image=["large", 0], add_noise="enable")
+    assert "the end at step 12 of 20" in unused(nodes) and read(nodes).hires == 1.5
 
 
 # --- the editor's form -----------------------------------------------------------------------------------------------

@@ -474,6 +474,13 @@ def test_lcm_has_the_levels_it_was_taught_whatever_the_models_spacing(spacing):
 # --- pictures of any size ---------------------------------------------------------------------------------------------
 
 
+def test_the_size_of_the_pictures_is_told_before_they_are_drawn(sd, photo, mask):
+    hires = text_to_image(sd, "a", steps=1, sampler="euler", size=(64, 56), hires=1.2, strength=1.0, like="a1111")
+    part = inpaint(sd, "a", photo, mask, steps=1, masked_padding=2, size=(96, 64))
+    for events in (hires, part, image_to_image(sd, "a", photo.resize((52, 41)), 1.0, steps=1)):
+        assert events.size == final(events)[0].size
+
+
 def test_pictures_of_any_size_keep_it(sd):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (37, 51, 3), dtype=np.uint8))
     *steps, drawn = image_to_image(sd, "x", image)

@@ -13,7 +13,7 @@ from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
 from plainsd.pictures.images import read_settings
-from plainsd.pictures.masks import MaskOptions, canvas_of, grown
+from plainsd.pictures.masks import MaskOptions, blurred_hole, canvas_of, grown, latent_mask
 from plainsd.pictures.settings import Settings
 from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 
@@ -103,12 +103,71 @@ def test_what_lies_under_the_mask_counts_below_full_strength(sd):
     assert plainsd.final(plainsd.inpaint(sd, "a", filled, mask_of(), 0.5, steps=4))[0].tobytes() == each["fill"]
 
 
+def test_at_full_strength_it_has_no_effect_and_that_is_said(sd, generate, tmp_path, recwarn):
+    """In diffusers the run starts from pure noise; in A1111 and ComfyUI, and with soft masks, it does not."""
+    for options in ({"strength": 0.9}, {"soft_mask": True}, {"like": "a1111"}, {"like": "comfyui"}):
+        plainsd.inpaint(sd, "a", PHOTO, mask_of(), steps=4, masked_content="noise", **options)
+    plainsd.inpaint(sd, "a", PHOTO, mask_of(), steps=4)
+    assert not recwarn
+    PHOTO.save(tmp_path / "photo.png")
+    mask_of().save(tmp_path / "mask.png")
+    given = ("--image", tmp_path / "photo.png", "--mask", tmp_path / "mask.png", "--count", 2, "--batch", 1)
+    code, _, err = generate("a", "--steps", 2, *given, "--masked-content", "noise")
+    assert code == 0 and err.count("masked content noise has no effect at strength 1") == 1
+
+
 def test_grey_levels_are_hard_unless_soft_is_asked_for(sd):
     grey = mask_of(level=100)
     with pytest.raises(UserError, match="dark everywhere"):
         painted(sd, grey)
     assert changed(PHOTO, painted(sd, grey, soft_mask=True)).any()
     assert painted(sd, soft_mask=True, strength=0.9, steps=4).size == (64, 64)
+
+
+def latents_of_a1111(hole: Image.Image, side: int) -> np.ndarray:
+    """Img2Img.init of the web UI 1.10.1."""
+    small = hole.convert("RGB").resize((side, side))
+    return np.around(np.array(small, dtype=np.float32)[..., 0] / 255)
+
+
+@pytest.mark.parametrize(("like", "count"), [("a1111", 1024), (None, 1292)])
+def test_a_blurred_edge_is_redrawn_where_the_program_does(like, count):
+    canvas = canvas_of(noise_picture(512, 512), mask_of((128, 128, 383, 383), (512, 512)), (512, 512),
+                       MaskOptions(blur=4, like=like))  # fmt: skip
+    levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255
+    redrawn = latent_mask(levels, 8, rounded=like == "a1111")
+    assert redrawn.sum() == count and {*redrawn.unique().tolist()} == {0, 1}
+    if like:
+        assert np.array_equal(redrawn[0, 0], latents_of_a1111(canvas.hole, 64))
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("mask", [mask_of(), Image.linear_gradient("L").resize((64, 64))], ids=["square", "grey"])
+def test_a1111_keeps_the_latents_where_its_mask_rounds_to_black(channels, mask):
+    sd = tiny_sd(in_channels=channels)
+    how = {"mask_blur": 4, "steps": 2, "like": "a1111", "sampler": "euler"}
+    two = [[*plainsd.inpaint(sd, prompt, PHOTO, mask, 0.9, **how)][-1].latents for prompt in ("a", "b")]
+    redrawn = (two[0] != two[1]).any(dim=1)[0].numpy()
+    hole = canvas_of(PHOTO, mask, (64, 64), MaskOptions(blur=4, like="a1111")).hole
+    assert np.array_equal(redrawn, latents_of_a1111(hole, len(redrawn)) == 1)
+
+
+def test_a1111_fills_what_is_not_original_and_pastes_with_twice_the_mask():
+    grey = mask_of(level=100)
+    canvas = canvas_of(PHOTO, grey, (64, 64), MaskOptions(like="a1111"))
+    assert np.array_equal(np.array(canvas.alpha), np.array(grey) * 2) and np.array_equal(canvas.hole, grey)
+    assert np.array(canvas_of(PHOTO, mask_of(), (64, 64), MaskOptions(like="a1111")).alpha).max() == 255
+    each = [canvas_of(PHOTO, mask_of(), (64, 64), MaskOptions(fill=fill, like="a1111")).image
+            for fill in ("original", "fill", "noise", "nothing")]  # fmt: skip
+    assert each[0] == PHOTO and each[1] == each[2] == each[3] == blurred_hole(PHOTO, mask_of())
+
+
+def test_a1111s_filling_is_the_colours_around():
+    image = Image.new("RGB", (64, 64), (200, 40, 90))
+    image.paste("white", (16, 16, 48, 48))
+    filled = np.array(blurred_hole(image, mask_of()), dtype=int)
+    assert np.abs(filled - (200, 40, 90)).max() <= 8
+    assert not changed(PHOTO, blurred_hole(PHOTO, mask_of()))[:16].any()
 
 
 def test_differential_diffusion_by_its_algorithm():

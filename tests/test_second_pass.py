@@ -8,10 +8,11 @@ from conftest import tiny_sd
 from plainsd.diffusion.samplers import Levels, Step, sampler_levels
 from plainsd.errors import UserError
 from plainsd.generate import text_to_image
+from plainsd.pictures import sampling
 from plainsd.pictures.defaults import enlarged_size
 from plainsd.pictures.sampling import second_pass, steps_to_run
 from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Settings, notes, ratio_to
-from plainsd.pictures.texts.a1111 import parse_settings
+from plainsd.pictures.texts.a1111 import format_settings, parse_settings
 from plainsd.pictures.texts.labels import UPSCALER_LABELS
 from plainsd.pictures.upscaling import Upscaler
 
@@ -110,6 +111,18 @@ def test_a_guidance_of_0_is_off_in_it_too(sd):
     assert notes(Settings(hires_guidance=0.0))[0].startswith("hires guidance 0 is off")
 
 
+@pytest.mark.parametrize(("sampler", "hires_sampler", "steps", "before"),
+                         [("euler_a", "dpmpp_sde", 6, 3), ("heun", "euler", 3, 6), ("heun", None, 6, 6)])  # fmt: skip
+def test_a1111_counts_the_steps_of_each_pass_by_its_own_sampler(sd, monkeypatch, sampler, hires_sampler, steps, before):
+    """`firstpass_steps` and `total_steps` of its `calculate_hr_conds`."""
+    seen, real = [], sampling.encode_prompt
+    monkeypatch.setattr(sampling, "encode_prompt", lambda *args, first_pass, **more: (
+        seen.append((args[3], first_pass)) or real(*args, first_pass=first_pass, **more)))  # fmt: skip
+    options = {"steps": 3, "hires": 1.5, "strength": 1.0, "like": "a1111", "hires_sampler": hires_sampler}
+    *_, _ = text_to_image(sd, "a [b:1.5]", sampler=sampler, **options)
+    assert seen == [(before, None), (steps, before)]
+
+
 def test_what_needs_it_is_refused_without_it(sd):
     for choices, says in (
         ({"hires_steps": 3}, "hires steps has no effect without hires"),
@@ -164,3 +177,14 @@ def test_a1111s_words_for_it():
                           "Hires schedule type: Use same scheduler, Hires prompt: , Hires CFG Scale: 0")  # fmt: skip
     assert (same.hires_steps, same.hires_sampler, same.hires_spacing, same.hires_prompt) == (None,) * 4
     assert same.hires_guidance is None and same.other == () and isinstance(same, Settings)
+    own = parse_settings("x\nSteps: 20, Seed: 1, Hires upscale: 2, Hires schedule type: Automatic")
+    assert own.hires_spacing == "automatic" and own.other == ()
+    assert parse_settings(format_settings(own)).hires_spacing == "automatic"
+
+
+@pytest.mark.parametrize(("asked", "drawn"), [("automatic", "uniform"), (None, None), ("simple", "simple")])
+def test_an_automatic_schedule_is_that_of_the_second_sampler(sd, asked, drawn):
+    made = text_to_image(
+        sd, "x", steps=2, hires=1.5, sampler="euler", spacing="karras", hires_spacing=asked, like="a1111"
+    )
+    assert made.settings[0].hires_spacing == drawn

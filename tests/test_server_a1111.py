@@ -338,7 +338,9 @@ def test_small_answers(server):
     ("k_euler_a", "automatic", ("euler_a", None)),
     ("DPM++ 2M Karras", None, ("dpmpp_2m", "karras")), ("DPM++ 2M SDE", "exponential", ("dpmpp_2m_sde", "exponential")),
     ("DPM++ SDE", "SGM Uniform", ("dpmpp_sde", "sgm_uniform")), ("UniPC", "Uniform", ("unipc", "uniform")),
-    (None, "karras", (None, "karras")),
+    (None, "karras", (None, "karras")), (None, "beta", (None, "beta_a1111")), (None, "Beta", (None, "beta_a1111")),
+    (None, "kl_optimal", (None, "kl_optimal_a1111")), (None, "ComfyUI beta", (None, "beta")),
+    (None, "ComfyUI kl_optimal", (None, "kl_optimal")), (None, "sgm_uniform", (None, "sgm_uniform")),
 ])  # fmt: skip
 def test_sampler_names(name, scheduler, ours):
     assert sampler_of(name, scheduler) == ours

@@ -8,9 +8,11 @@ from PIL import Image
 from serving import alike, base64_of, from_base64, lora_file, model_folder, open_service, served
 
 import plainsd
-from plainsd.pictures.masks import alpha_of
+from plainsd.pictures.masks import MaskOptions, canvas_of
+from plainsd.pictures.texts.a1111 import parse_settings
 from plainsd.server.api import a1111_table
 from plainsd.server.api.a1111_fields import Image2Image, Text2Image
+from plainsd.server.api.a1111_infotext import with_infotext
 from plainsd.server.api.a1111_names import model_of, sampler_of
 from plainsd.server.api.a1111_table import FIXED, OPTIONS, REFUSED, WITHOUT_EFFECT, known_options
 from plainsd.server.errors import APIError
@@ -186,16 +188,68 @@ def test_infotext_speaks_where_the_request_does_not(server, sd):
     assert alike(first(over), plainsd.final(expected)[0])
 
 
-def test_a_picture_of_ours_comes_again_from_its_text(server):
+@pytest.mark.parametrize("how", [
+    {"like": "comfyui"}, {"like": "a1111"}, {}, {"noise": "comfyui"}, {"noise": "nv"}, {"spacing": "beta"},
+    {"sampler": "dpm2", "eta": 0.5}, {"sampler": "tcd", "eta": 0.5}, {"hires": 1.5, "hires_spacing": "kl_optimal"},
+], ids=str)  # fmt: skip
+def test_a_picture_of_ours_comes_again_from_its_text(server, how):
     """Whatever it was drawn like. A1111's own texts are drawn as there."""
-    for like in ({"like": "comfyui"}, {"like": "a1111"}, {}, {"noise": "comfyui"}, {"noise": "nv"}):
-        job = server.drawn(prompt="p", seed=5, steps=2, sampler="euler_a", **like)
-        text = server.get(f"/api/images/{job['images'][0]}").json()["parameters"]
-        again = server.post("/sdapi/v1/txt2img", {"infotext": text}).json()
-        assert json.loads(again["info"])["notes"] == []
-        assert alike(first(again), server.picture(job["images"][0]), 0)
-        cpu = server.post("/sdapi/v1/txt2img", {"infotext": text, "override_settings": {"randn_source": "CPU"}}).json()
-        assert "RNG: CPU" in json.loads(cpu["info"])["infotexts"][0]
+    job = server.drawn(**{"prompt": "p", "seed": 5, "steps": 2, "sampler": "euler_a", **how})
+    text = server.get(f"/api/images/{job['images'][0]}").json()["parameters"]
+    again = server.post("/sdapi/v1/txt2img", {"infotext": text}).json()
+    assert json.loads(again["info"])["notes"] == []
+    assert alike(first(again), server.picture(job["images"][0]), 0)
+    cpu = server.post("/sdapi/v1/txt2img", {"infotext": text, "override_settings": {"randn_source": "CPU"}}).json()
+    assert "RNG: CPU" in json.loads(cpu["info"])["infotexts"][0]
+
+
+@pytest.mark.parametrize(
+    "how", [{"mask_blur": 4}, {}, {"masked_padding": 8, "mask_blur": 2}, {"like": "a1111"}], ids=str
+)
+def test_a_masked_picture_of_ours_comes_again_from_its_text(server, how):
+    photo, mask = noise_picture(64, 64), Image.new("L", (64, 64))
+    mask.paste(255, (24, 20, 42, 40))
+    sent = {"image": base64_of(photo), "mask": base64_of(mask)}
+    job = server.drawn(prompt="p", seed=5, steps=2, sampler="euler_a", strength=0.8, **sent, **how)
+    text = server.get(f"/api/images/{job['images'][0]}").json()["parameters"]
+    body = {"infotext": text, "init_images": [sent["image"]], "mask": sent["mask"]}
+    again = server.post("/sdapi/v1/img2img", body).json()
+    assert json.loads(again["info"])["notes"] == []
+    assert alike(first(again), server.picture(job["images"][0]), 0)
+
+
+def test_older_names_go_before_the_infotext_too(server):
+    text = "p\nSteps: 2, Sampler: Euler a, CFG scale: 3, Seed: 1, Size: 64x64, Mask blur: 4"
+    models, limits = server.service.models, server.service.limits
+    asked = with_infotext(Image2Image(infotext=text, sampler_index="DDIM", mask_blur_x=9), models, limits)[0]
+    assert asked.sampler_name is None and asked.blur() == (9, 4)
+    asked = with_infotext(Image2Image(infotext=text), models, limits)[0]
+    assert asked.sampler_name == "euler_a" and asked.blur() == (4, 4)
+
+
+@pytest.mark.parametrize(("sampler", "acts"), [
+    ("DPM++ 2M SDE Heun", True), ("DDIM CFG++", True), ("DPM fast", True), ("DPM adaptive", True), ("TCD", True),
+    ("Euler a", True), ("Euler", False), ("DPM2", False), ("DPM++ 2M", False), (None, False),
+])  # fmt: skip
+def test_eta_acts_where_it_does_there(server, sampler, acts):
+    fields = Text2Image(sampler_name=sampler, eta=0.5).job_fields({}, server.service.models)
+    assert fields["eta"] == (0.5 if acts else None)
+
+
+def test_a_second_pass_without_a_strength_has_theirs(server):
+    assert json.loads(asked(server, **HIRES)["info"])["denoising_strength"] == 0.75
+
+
+def test_a_grey_mask_is_taken_as_it_is(server, sd):
+    photo, mask = noise_picture(64, 64), Image.new("L", (64, 64))
+    mask.paste(100, (16, 16, 48, 48))
+    mask.paste(140, (16, 16, 48, 32))
+    sent = {"init_images": [base64_of(photo)], "mask": base64_of(mask), "denoising_strength": 0.9}
+    answer = asked(server, "img2img", **sent, mask_blur=0, inpaint_full_res=False, inpainting_fill=1)
+    (expected,) = plainsd.final(plainsd.inpaint(sd, "p", photo, mask, 0.9, **DRAWN))
+    assert alike(first(answer), expected)
+    dark = {"init_images": [base64_of(photo)], "mask": base64_of(Image.new("L", (64, 64)))}
+    assert "the mask is dark everywhere" in server.post("/sdapi/v1/img2img", SMALL | dark).text
 
 
 @pytest.mark.parametrize(("path", "entries"), [
@@ -256,6 +310,18 @@ def test_the_second_pass_may_draw_with_something_else(server, sd):
     assert alike(first(server.post("/sdapi/v1/txt2img", {"infotext": text}).json()), expected)
 
 
+def test_an_automatic_schedule_of_the_second_pass_is_not_the_first_ones(server):
+    for schedule, drawn in (
+        ("Automatic", "uniform"),
+        ("Use same scheduler", None),
+        (None, None),
+        ("beta", "beta_a1111"),
+    ):
+        answer = asked(server, **HIRES, scheduler="Karras", hr_scheduler=schedule, denoising_strength=0.6)
+        (text,) = json.loads(answer["info"])["infotexts"]
+        assert parse_settings(text).hires_spacing == drawn
+
+
 def test_options_stay_where_a_request_says_so(server):
     override = {"CLIP_stop_at_last_layers": 2}
     try:
@@ -290,7 +356,7 @@ def test_units_that_would_be_left_out_are_refused(server, scripts, says):
 def test_masks_are_blurred_across_and_down_and_may_be_painted_in_alpha(server):
     mask = Image.new("L", (64, 64))
     mask.paste(255, (24, 24, 40, 40))
-    across = alpha_of(mask, (6, 0))
+    across = canvas_of(noise_picture(64, 64), mask, (64, 64), MaskOptions(blur=(6, 0))).alpha
     assert across.getpixel((20, 32)) > 0 and across.getpixel((32, 20)) == 0
     drawing = noise_picture(64, 64)
     alpha = Image.new("RGBA", (64, 64), (0, 0, 0, 0))

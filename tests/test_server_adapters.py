@@ -17,9 +17,10 @@ from test_control_pictures import tiny_net
 from webuiapi import WebUIApi
 
 import plainsd
-from plainsd.files.hashes import weights_hash
+from plainsd.files.hashes import file_hash, weights_hash
 from plainsd.pictures.control import Control
 from plainsd.pictures.images import read_settings
+from plainsd.server.embeddings import Embeddings
 from plainsd.server.folders import read_cached
 
 
@@ -149,6 +150,54 @@ def test_a_file_that_was_replaced_is_read_again(changing, what):
     assert alike(after, picture_of(server, **ask)[0], 0)  # what is in memory draws on
 
 
+def test_a_model_that_is_still_being_copied_holds_nothing_up(changing, caplog):
+    """What is in memory draws on, until the whole file is there."""
+    server, folder = changing
+    before, _ = picture_of(server, prompt="a boat")
+    plainsd.save(tiny_sd(seed=7), folder / "new")
+    (part,) = (folder / "tiny" / "unet").glob("*.safetensors")
+    content = (folder / "new" / "unet" / part.name).read_bytes()
+    for length in (0, 1000, len(content) // 2):
+        part.write_bytes(content[:length])
+        assert alike(before, picture_of(server, prompt="a boat")[0], 0)
+    assert [record.getMessage().partition(" (")[0] for record in caplog.records] == [
+        "model tiny was changed on disk and cannot be read"
+    ]
+    part.write_bytes(content)
+    after, told = picture_of(server, prompt="a boat")
+    assert not alike(before, after)
+    hashes = dict(read_settings(picture_file(server, told)).hashes)
+    assert hashes["model"] == weights_hash(folder / "new", "unet")
+
+
+@pytest.mark.parametrize("kind", ["deleted", "replaced"])
+def test_a_picture_has_the_hashes_of_what_drew_it(changing, monkeypatch, kind):
+    server, folder = changing
+    brake = Brake(monkeypatch)
+    embedding_file(folder / "words" / "cat.safetensors", 1)
+    files = [folder / "loras" / "ink.safetensors", folder / "words" / "cat.safetensors"]
+    expected = [file_hash(files[0], tensors_only=True)[:12], file_hash(files[1])[:12]]
+    job = server.job(prompt="a cat", loras=[{"name": "ink"}], steps=2, seed=1)
+    brake.wait()
+    for file in files:
+        file.unlink() if kind == "deleted" else save_file({"other": torch.zeros(1)}, file)
+    brake.off()
+    done = server.wait(job["id"])
+    assert done["state"] == "done", done
+    told = server.get(f"/api/images/{done['images'][0]}").json()
+    hashes = dict(read_settings(picture_file(server, told)).hashes)
+    assert [hashes["lora:ink"], hashes["embed:cat"]] == expected
+
+
+def test_a_word_goes_before_the_name_of_another_file(tmp_path):
+    embedding_file(tmp_path / "cat.safetensors", 1, "<kitty>")
+    embedding_file(tmp_path / "fox.safetensors", 2, "<wolf>")
+    embedding_file(tmp_path / "z.safetensors", 3, "cat")
+    words = Embeddings(tmp_path)
+    found = {wanted: words.get(wanted).name for wanted in ("cat", "Cat", "<KITTY>", "z", "Fox")}
+    assert found == {"cat": "z", "Cat": "z", "<KITTY>": "cat", "z": "z", "Fox": "fox"}
+
+
 def test_words_that_a_lora_brings_along_go_with_it(changing):
     server, folder = changing
     for name, count in (("cat", 2), ("cat3", 3)):
@@ -216,6 +265,40 @@ def test_loras_by_their_trainers_names(folder, tmp_path):
         assert refused(server, prompt="a boat <lora:ink:1>") == (
             422, "loras", "loras: 2 LoRAs are called 'ink'; name one by its file: epoch1, epoch2"
         )  # fmt: skip
+
+
+def test_folders_of_loras_by_their_names(folder, tmp_path):
+    """As diffusers and PEFT save them, and as on the command line; nothing hides anything else."""
+    places = {"ink": "ink/pytorch_lora_weights", "wool": "sets/wool/adapter_model", "v1.5": "v1.5/adapter_model",
+              "chalk": "chalk", "chalk/adapter_model": "chalk/adapter_model",
+              "twice/adapter_model": "twice/adapter_model", "pytorch_lora_weights": "pytorch_lora_weights",
+              "twice/pytorch_lora_weights": "twice/pytorch_lora_weights"}  # fmt: skip
+    for number, place in enumerate(places.values()):
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        lora_file(model_folder(folder), tmp_path / f"{place}.safetensors", number)
+    with served(open_service([model_folder(folder)], tmp_path / "data", loras=tmp_path)) as server:
+        loras = server.service.models.loras
+        first = {name: tmp_path / f"{place}.safetensors" for name, place in places.items()}
+        clear = [name for name in first if name.rpartition("/")[2] not in ("adapter_model", "pytorch_lora_weights")]
+        assert {name: loras.known()[name] for name in clear} == {name: first[name] for name in clear}
+        assert sorted(loras.known().values()) == sorted(first.values())
+        assert {row["name"]: row["alias"] for row in server.get("/sdapi/v1/loras").json()} == {
+            name: name for name in loras.known()
+        }
+        by_name, told = picture_of(server, prompt="a boat <lora:ink:0.8>")
+        assert read_settings(picture_file(server, told)).prompt == "a boat <lora:ink:0.8>"
+        first["ink"].rename(tmp_path / "other.safetensors")
+        assert alike(by_name, picture_of(server, prompt="a boat <lora:other:0.8>")[0], 0)
+
+
+def test_a_lora_of_a_folder_by_its_files_name(folder, tmp_path):
+    """As pictures that were drawn before have it."""
+    (tmp_path / "ink").mkdir()
+    lora_file(model_folder(folder), tmp_path / "ink" / "pytorch_lora_weights.safetensors", 1)
+    with served(open_service([model_folder(folder)], tmp_path / "data", loras=tmp_path)) as server:
+        loras = server.service.models.loras
+        assert loras.path("pytorch_lora_weights") == loras.path("ink") == loras.known()["ink"]
+        assert loras.aliases() == {"ink": "ink"}
 
 
 @pytest.mark.parametrize(("names", "says"), [

@@ -331,7 +331,7 @@ def test_settings_out_of_a_png_of_another_program(server, drawing):
         "prompt": "a  boat", "negative": "rain", "size": [512, 768], "steps": 12, "guidance": 6.5,
         "sampler": "dpmpp_2m",
         "spacing": "karras", "seed": 77, "loras": [{"name": "paper", "strength": 0.6}], "like": "a1111",
-        "noise": "nv",
+        "noise": "nv", "settled": ["prompt", "negative"],
         "unused": ["Refiner: xl", "Refiner switch at: 0.8", "Face restoration: CodeFormer"],
     }  # fmt: skip
     strange = (

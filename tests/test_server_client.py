@@ -1,7 +1,9 @@
 """The other end of the API: what `plainsd generate --server` uses."""
 
+import base64
 import socket
 import threading
+from contextlib import contextmanager
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
@@ -25,9 +27,10 @@ import plainsd
 from plainsd.cli import main
 from plainsd.commands import remote as remote_module
 from plainsd.commands.generate import Generate
-from plainsd.commands.remote import NOT_SENT, remote_pictures
+from plainsd.commands.remote import NOT_SENT, remote_pictures, submitted
 from plainsd.errors import UserError
-from plainsd.server.client import Busy, Finished, Progress, Remote
+from plainsd.server import client as client_module
+from plainsd.server.client import Busy, Finished, Lost, Progress, Remote
 from plainsd.server.limits import Limits
 from plainsd.server.schema import JobRequest
 
@@ -95,6 +98,20 @@ def test_errors_are_one_line(server):
     assert Remote("http://localhost:7860/?token=abc").token == "abc"
 
 
+@contextmanager
+def answering(answer: bytes):
+    """Something that answers its first request so; its address."""
+
+    def answered():
+        with listening.accept()[0] as connection:
+            connection.recv(65536)
+            connection.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answered).start()
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
 @pytest.mark.parametrize("answer, says", [
     (b"SSH-2.0-OpenSSH_9.2\r\n", "is `plainsd serve` running there?"),
     (b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{", "lost the connection to"),
@@ -103,16 +120,20 @@ def test_errors_are_one_line(server):
     (b"HTTP/1.1 404 Not Found\r\nContent-Length: 99\r\n\r\n{", "it answered 404; is this a plainsd server?"),
 ])  # fmt: skip
 def test_what_something_else_answers_is_one_line(answer, says):
-    def answered():
-        with listening.accept()[0] as connection:
-            connection.recv(65536)
-            connection.sendall(answer)
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=answered).start()
-        with pytest.raises(UserError) as refused:
-            Remote(f"127.0.0.1:{listening.getsockname()[1]}").submit(prompt="p")
+    with answering(answer) as address, pytest.raises(UserError) as refused:
+        Remote(address).submit(prompt="p")
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("head, kind, seconds", [
+    (b"429 Too Many Requests", Busy, 5), (b"503 Service Unavailable\r\nRetry-After: 7", Busy, 7),
+    (b"503 Service Unavailable", Lost, 5), (b"502 Bad Gateway", Lost, 5),
+])  # fmt: skip
+def test_a_server_that_is_away_is_told_from_a_refusal(head, kind, seconds):
+    answer = b"HTTP/1.1 " + head + b"\r\nContent-Length: 0\r\n\r\n"
+    with answering(answer) as address, pytest.raises(kind) as away:
+        Remote(address).submit(prompt="p")
+    assert away.value.seconds == seconds
 
 
 # --- plainsd generate --server ---------------------------------------------------------------------------------------
@@ -218,6 +239,18 @@ def test_from_asks_for_the_same_words_refiner_and_margins(generate, tmp_path):
     assert code == 0 and "Embeddings" not in Image.open(other).info["parameters"]
 
 
+def test_from_takes_signs_of_choices_as_they_are(generate, server, tmp_path):
+    """As here: of a picture's texts the choices are made."""
+    body = {"prompt": "{{{boat}}} :{", "negative_prompt": "a {b|c}", "seed": 1, "steps": 2}
+    answer = server.post("/sdapi/v1/txt2img", body, headers={"Authorization": f"Bearer {TOKEN}"})
+    first = tmp_path / "first.png"
+    first.write_bytes(base64.b64decode(answer.json()["images"][0]))
+    code, (again,), err = generate("--from", first)
+    assert code == 0, err
+    with Image.open(again) as image, Image.open(first) as expected:
+        assert alike(image, expected, 0) and image.info == expected.info
+
+
 def test_what_a_server_does_not_take_is_one_line(generate):
     for flags, says in (
         (["--device", "cpu"], "--device does not go with --server"), (["--model", "none"], "unknown model 'none'"),
@@ -288,6 +321,73 @@ def test_a_full_queue_cancels_nothing(monkeypatch):
     with pytest.raises(Busy, match="the queue is full"):
         list(remote_pictures(FullQueue(refusals=1000), jobs, None))
     assert len(slept) == 2 + remote_module.MOST_WAITS
+
+
+class Away(Remote):
+    """A server that takes a job, and does not answer any more."""
+
+    cancelled: list[str] = []
+
+    def submit(self, **fields):
+        return "a"
+
+    def events(self, id):
+        yield "progress", {"step": 1, "steps": 2, "progress": 0.5, "position": None, "previews": {}}
+
+    def cancel(self, id):
+        self.cancelled.append(id)
+
+
+@pytest.mark.parametrize("listen", [lambda remote: remote.draw(prompt="p"),
+                                    lambda remote: remote_pictures(remote, [{"prompt": "p"}] * 2, None)])  # fmt: skip
+def test_what_a_lost_server_has_is_not_cancelled(monkeypatch, listen):
+    slept = []
+
+    def sleep(seconds):
+        slept.append(seconds)
+        monkeypatch.setattr(Away, "events", lambda remote, id: iter(()))
+
+    monkeypatch.setattr(client_module.time, "sleep", sleep)
+    with pytest.raises(Lost, match="lost the connection to .*; job a resumes when the server runs again"):
+        list(listen(Away("127.0.0.1:1")))
+    assert slept == [client_module.RETRY_AFTER] * client_module.MOST_LOSSES and Away.cancelled == []
+
+
+def test_a_server_that_stops_is_waited_for_by_the_first_job_alone(monkeypatch):
+    """Its place is taken by another within the time that it says, or a little later."""
+    monkeypatch.setattr(remote_module.time, "sleep", lambda seconds: None)
+    answers = [Busy("the server is about to stop; try again in 5 s", 5), Lost("cannot reach it"), "an id"]
+
+    class Restarting:
+        def submit(self):
+            answer = answers.pop(0)
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    assert submitted(Restarting(), {}, is_first=True) == "an id"
+    answers += [Lost("cannot reach it"), "never asked"]
+    with pytest.raises(Lost):
+        submitted(Restarting(), {}, is_first=True)
+
+
+def test_a_server_that_restarts_is_followed_again(tmp_path, monkeypatch, brake):
+    monkeypatch.setattr(client_module, "RETRY_AFTER", 0.05)
+    monkeypatch.setattr(client_module, "MOST_LOSSES", 10**6)
+    model, pictures = model_folder(tmp_path), []
+    with served(open_service([model], tmp_path / "data", batch=1)) as first:
+        jobs = [{"prompt": prompt, "steps": 2} for prompt in ("one", "two")]
+        port = int(first.url.rpartition(":")[2])
+        listening = threading.Thread(target=lambda: pictures.extend(remote_pictures(Remote(first.url), jobs, None)))
+        listening.start()
+        brake.wait()
+        until(lambda: len(first.service.queue.jobs) == 2)
+        first.service.stop()
+        brake.step()
+    brake.off()
+    with served(open_service([model], tmp_path / "data"), port=port):
+        listening.join(60)
+    assert [one.settings["prompt"] for each in pictures for one in each] == ["one", "two"]
 
 
 def test_a_server_says_when_its_queue_has_room(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import tiny_sd
 from PIL import Image
-from serving import model_folder, open_service, served
+from serving import alike, from_base64, model_folder, open_service, served
 from test_control_pictures import picture_of, tiny_net
 
 import plainsd
@@ -183,6 +183,29 @@ def test_modes_and_thresholds_of_units():
     assert unit_of({name: value for name, value in unit.items() if name != "processor_res"}).resolution == 512
     assert unit_of(unit | {"module": "none"}).resolution is None
     assert not found.pixel_perfect and unit_of(unit | {"pixel_perfect": True}).pixel_perfect
+
+
+@pytest.mark.parametrize(("mode", "crops"), [
+    ({}, True), ({"resize_mode": "Crop and Resize"}, True), ({"resize_mode": 1}, True),
+    ({"resize_mode": "Just Resize"}, False), ({"resize_mode": 0}, False),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("task", ["txt2img", "img2img"])
+def test_a_map_of_another_shape_is_cropped_as_there(server, task, mode, crops):
+    """By the shape of the whole picture, where a part alone is drawn."""
+    wide, side = picture_of(0).resize((128, 64)), 64
+    fitting = wide.crop((32, 0, 96, 64)) if crops else wide.resize((64, 64), Image.Resampling.LANCZOS)
+    body = {"prompt": "a", "seed": 3, "steps": 2, "sampler_name": "Euler", "width": side, "height": side}
+    if task == "img2img":
+        mask = Image.new("L", (64, 64))
+        mask.paste(255, (8, 8, 24, 24))
+        body |= {"init_images": [encoded(MAP)], "mask": encoded(mask), "inpaint_full_res": True, "width": 96}
+    drawn = []
+    for image in (wide, fitting):
+        unit = {"image": encoded(image), "model": "edges", **mode}
+        answer = server.post(f"/sdapi/v1/{task}", body | {"alwayson_scripts": {"controlnet": {"args": [unit]}}})
+        assert answer.status_code == 200, answer.text
+        drawn.append(answer.json()["images"][0])
+    assert alike(*map(from_base64, drawn), 0 if crops else 3)
 
 
 @pytest.mark.parametrize("image, target, resolution", [

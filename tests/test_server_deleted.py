@@ -1,6 +1,7 @@
 """Pictures that are deleted while their job is unfinished: they are not drawn again, whatever happens meanwhile."""
 
 from contextlib import closing
+from dataclasses import replace
 
 import pytest
 from conftest import noise_picture
@@ -9,8 +10,9 @@ from serving import Brake, model_folder, open_service, served, until
 
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.settings import Resolved
+from plainsd.server.jobs import store as store_module
 from plainsd.server.jobs.job import DONE, QUEUED, Job, Sheet
-from plainsd.server.jobs.store import Store
+from plainsd.server.jobs.store import Store, thumbnail_bytes
 from plainsd.server.requests import new_job
 from plainsd.server.schema import JobRequest
 from plainsd.server.users import User
@@ -57,6 +59,39 @@ def test_a_deleted_picture_is_not_drawn_again_after_a_restart(tmp_path, deleted)
             (job,) = store.unfinished()
             assert (job.done, job.deleted, job.kept(), job.pending()) == ({0}, {0}, [], [1, 2])
             assert store.pictures() == [] and not list((tmp_path / "pictures" / "d").iterdir())
+
+
+def test_a_thumbnail_goes_with_its_picture(tmp_path, monkeypatch):
+    """Also one that was made while the picture was deleted, now or by a server before."""
+    small, thumbnails = thumbnail_bytes, tmp_path / "thumbnails"
+    with closing(Store(tmp_path)) as store:
+        begun(store)
+        (row,) = store.pictures()
+        large = replace(row, width=640)
+        assert store.thumbnail(large).exists()
+        (thumbnails / "gone-0.webp").write_bytes(b"")
+    with closing(Store(tmp_path)) as store:
+        assert [path.name for path in thumbnails.iterdir()] == [f"{row.id}.webp"]
+        (thumbnails / f"{row.id}.webp").unlink()
+
+        def deleted_meanwhile(path):
+            content = small(path)
+            store.delete([row])
+            return content
+
+        monkeypatch.setattr(store_module, "thumbnail_bytes", deleted_meanwhile)
+        with pytest.raises(FileNotFoundError):
+            store.thumbnail(large)
+        assert list(thumbnails.iterdir()) == []
+
+
+def test_the_trash_is_found_without_a_look_at_the_history(tmp_path):
+    with closing(Store(tmp_path)) as store:
+        asked = []
+        store.db.set_trace_callback(asked.append)
+        store.empty_trash()
+        plans = [store.db.execute(f"EXPLAIN QUERY PLAN {one}").fetchall() for one in asked if "SELECT" in one]
+        assert [row["detail"].partition(" (")[0] for (row,) in plans] == ["SEARCH images USING INDEX images_in_trash"]
 
 
 def test_a_restarted_server_draws_the_rest_and_ends_the_job(model, tmp_path, monkeypatch):

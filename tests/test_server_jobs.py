@@ -6,11 +6,12 @@ import shutil
 import sqlite3
 import time
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import noise_picture
+from conftest import TINY, noise_picture, tiny_sd
 from PIL import Image, ImageFont
 from serving import Brake, alike, base64_of, lora_file, model_folder, open_service, until
 
@@ -19,6 +20,7 @@ from plainsd.adapters.lora import inject, save_lora
 from plainsd.device import can_pack
 from plainsd.errors import UserError
 from plainsd.models.forms import OtherForm
+from plainsd.models.variants import ScheduleConfig
 from plainsd.pictures.images import read_settings
 from plainsd.server import pool
 from plainsd.server.errors import APIError
@@ -29,6 +31,7 @@ from plainsd.server.jobs.migrations import MIGRATIONS
 from plainsd.server.jobs.queue import Place
 from plainsd.server.jobs.worker import Worker
 from plainsd.server.limits import Limits
+from plainsd.server.pool import Models, PoolOptions
 from plainsd.server.requests import new_job
 from plainsd.server.restore import picture_as_json, settings_in_file
 from plainsd.server.schema import JobRequest
@@ -264,7 +267,8 @@ def test_the_queue_is_bounded_and_no_client_fills_it_alone(opened):
 
 
 def test_a_full_queue_says_when_to_come_back(opened, brake, monkeypatch):
-    """A quarter of the time that its pictures take, by what one took: an average that each batch moves by a fifth."""
+    """A quarter of the time that its pictures take, by what one took: an average that each batch moves by a fifth. A
+    full disk does not count, and each worker has its part."""
     now, follow = [1000.0], Worker.follow
 
     def slowly(worker, events, units):
@@ -274,7 +278,18 @@ def test_a_full_queue_says_when_to_come_back(opened, brake, monkeypatch):
     monkeypatch.setattr(Worker, "follow", slowly)
     monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     service = opened(limits=Limits(queue=6), batch=2, start=False)
-    ask(service, steps=1), ask(service, steps=1)
+    write, mark_alone = service.store.write, service.store.mark_alone
+
+    def late(written):
+        def write_late(*given):
+            now[0] += 1e5
+            return written(*given)
+
+        return write_late
+
+    monkeypatch.setattr(service.store, "write", late(write))
+    monkeypatch.setattr(service.store, "mark_alone", late(mark_alone))
+    ask(service, steps=1, count=2)
     service.worker.start()
     assert brake.wait() == 2
     brake.step(2)  # and its pictures
@@ -285,6 +300,9 @@ def test_a_full_queue_says_when_to_come_back(opened, brake, monkeypatch):
     with pytest.raises(APIError, match="try again in 51 s") as refused:  # 40.8 * 5 / 4
         ask(service)
     assert refused.value.headers == {"Retry-After": "51"}
+    service.queue.workers = 3
+    with pytest.raises(APIError, match="try again in 17 s"):
+        ask(service)
 
 
 # --- cancelling, failing ---------------------------------------------------------------------------------------------
@@ -668,6 +686,19 @@ def test_a_proper_stop_counts_no_attempt(opened, brake):
     assert again.store.job(job.id).state == QUEUED and again.queue.jobs[job.id].attempts == 0
 
 
+def test_a_stop_that_cannot_be_written_closes_everything(opened, monkeypatch, caplog):
+    service = opened(start=False)
+
+    def full():
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(service.store, "requeue_running", full)
+        service.close()
+    assert [record.getMessage().count("database or disk is full") for record in caplog.records] == [1]
+    opened(start=False)  # nothing holds the folder
+
+
 def test_inputs_live_as_long_as_their_jobs(opened, brake):
     service = opened(batch=1)
     image = noise_picture(64, 64)
@@ -712,6 +743,24 @@ def test_models_share_a_budget_and_the_least_recently_used_goes_first(opened, fo
         Image.open(service.store.path(service.store.pictures()[0])),
         plainsd.final(plainsd.text_to_image(sd, "a red apple", seed=3))[0],
     )
+
+
+@pytest.mark.parametrize("loaded_before", [False, True])
+@pytest.mark.parametrize("look", [lambda models: new_job(JobRequest(), models, Limits(), "me", "jobs"),
+                                  lambda models: models.resident(models.default)])  # fmt: skip
+def test_a_model_that_is_replaced_while_it_is_not_in_memory_is_read_anew(tmp_path, look, loaded_before):
+    """By whoever looks first: the front of a cluster, which loads none, or a worker."""
+    models = Models([model_folder(tmp_path)], PoolOptions("cpu", "float32"))
+    (model,) = models.known.values()
+    if loaded_before:
+        models.unload(models.resident(model.name))
+    before = model.bytes
+    schedule = ScheduleConfig(zero_terminal_snr=True)
+    variant = replace(TINY, prediction="v_prediction", schedule=schedule, spacing="trailing")
+    plainsd.save(tiny_sd(variant, channels=(32, 128)), tmp_path / "tiny")
+    found = look(models)
+    assert model.bare.prediction == "v_prediction" and model.bytes > before
+    assert found is model or found.settings[0].spacing == "trailing"
 
 
 def test_a_job_of_a_model_that_is_gone_says_so(opened, folder):

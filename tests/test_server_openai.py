@@ -112,8 +112,10 @@ def test_strength_0_of_an_edit_is_not_1(client, sd):
         client.images.edit(image=("a.png", png_bytes(picture)), prompt="p", extra_body={"strength": 0})
 
 
-def test_streaming_with_partial_pictures(client, server, brake):
-    stream = client.images.generate(prompt="slow", stream=True, partial_images=2, extra_body={"steps": 8})
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_streaming_with_partial_pictures(client, server, brake, output_format):
+    how = {"output_format": output_format, "extra_body": {"steps": 8}}
+    stream = client.images.generate(prompt="slow", stream=True, partial_images=2, **how)
     brake.wait()
     events = []
     job = next(iter(server.service.queue.jobs.values()))
@@ -125,6 +127,9 @@ def test_streaming_with_partial_pictures(client, server, brake):
     events += list(stream)
     assert [event.type for event in events] == ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.partial_image_index for event in events[:2]] == [0, 1]
+    for event in events:
+        image = from_base64(event.b64_json)
+        assert image.format == output_format.upper() and f"{image.width}x{image.height}" == event.size
     assert from_base64(events[-1].b64_json).size == (64, 64) and events[-1].size == "64x64"
 
 

@@ -2,22 +2,23 @@
 
 import json
 import shutil
+from contextlib import closing
 from io import BytesIO
 
 import pytest
 import torch
-from conftest import tiny_sd
+from conftest import TINY, tiny_sd
 from diffusers import AutoencoderTiny
 from PIL import Image
 from serving import Brake, model_folder, open_service, served, until
 
 import plainsd
-from plainsd.checkpoint import add_preview
+from plainsd.checkpoint import add_preview, save_vae
 from plainsd.errors import UserError
 from plainsd.files.convert import convert
 from plainsd.pictures import previews
 from plainsd.pictures.previews import fit_latent_rgb
-from plainsd.server import pool as server_models
+from plainsd.server import previews as server_previews
 
 
 def test_save_writes_it_and_load_and_the_server_read_it(tmp_path, monkeypatch):
@@ -34,7 +35,7 @@ def test_save_writes_it_and_load_and_the_server_read_it(tmp_path, monkeypatch):
     service = open_service([folder], tmp_path / "data")
     assert torch.allclose(service.models.resident("tiny").preview.latent_rgb, fitted, atol=1e-4)
     service.close()
-    assert server_models.previewer is previews.previewer
+    assert server_previews.previewer is previews.previewer
 
 
 def test_it_goes_through_single_files_and_back_unchanged(tmp_path):
@@ -81,6 +82,25 @@ def test_a_vae_that_overflows_in_half_precision_is_fitted_in_float32():
     vae.decoder.conv_in.weight.data *= 3e5
     vae.decoder.conv_in.bias.data *= 3e5  # a normalisation follows, which undoes it in float32
     assert fit_latent_rgb(vae.half()).isfinite().all() and expected.isfinite().all()
+
+
+def test_a_file_for_previews_is_checked_at_the_start(tmp_path):
+    """Not by each job, after its model is loaded."""
+    model = model_folder(tmp_path)
+    save_vae(tiny_sd().vae, tmp_path / "vae", TINY)
+    (tmp_path / "broken.safetensors").write_bytes(b"no such thing")
+    for name, says in (("none", "no model at"), ("broken.safetensors", "broken"), ("vae", "taesd_decoder")):
+        with pytest.raises(UserError, match=says):
+            open_service([model], tmp_path / "data", preview_vae=tmp_path / name)
+
+
+def test_where_it_does_not_fit_previews_are_made_without_it(tmp_path, caplog):
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path / "taesd")
+    service = open_service([model_folder(tmp_path)], tmp_path / "data", preview_vae=tmp_path / "taesd")
+    with closing(service):
+        assert service.models.resident("tiny").preview.tiny is None
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "previews of tiny are made without --preview-vae: its latents have 16 channels" in warning
 
 
 @pytest.mark.parametrize(("taesd", "size"), [(False, (8, 8)), (True, (64, 64))], ids=["projection", "taesd"])

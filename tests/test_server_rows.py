@@ -27,7 +27,7 @@ SETTINGS = {  # a field of a picture's settings, and JSON that has no meaning th
 JOBS = {  # likewise of columns
     "client": "x'00'", "api": "x'00'", "model": "x'ff'", "loras": "'[[1, 2]]'", "pictures": "'[]'", "source": "x'00'",
     "sheet": "'[]'", "place": "'../../x'", "error": "x'00'", "attempts": "'x'", "created": "'x'", "started": "'x'",
-    "finished": "9e999", "owner": "x'00'", "id": "x'00'",
+    "finished": "9e999", "owner": "x'00'", "notes": "'[1]'", "id": "x'00'",
 }  # fmt: skip
 IMAGES = {"id": "x'00'", "job": "'../x'", "place": "'x'", "file": "x'00'", "width": "'x'", "height": "-1.5",
           "settings": "x'00'", "loras": "'[[\"a\", NaN]]'", "created": "9e999"}  # fmt: skip
@@ -165,6 +165,7 @@ def test_everything_that_is_stored_comes_back(tmp_path):
     job = asked(
         "a", loras=[LoraTag("style", 0.5, 0.5), LoraTag("other", 1, 0.25)], source=source, sheet=sheet, owner="anna"
     )
+    job.notes = ["the seed is long"]
     notes = {"control": (ControlNote(kinds=(3,)),), "image_prompt": (ImagePromptNote("y", 0.5, 2),)}
     more = {"interval": (0.5, 2), "hashes": (("model", "ab"),), "other": (("x", "y"),), "seed": 2**64 - 1}
     settings = Resolved(size=(8, 8), steps=1, guidance=7, sampler="ddim", spacing="leading", **more, **notes)
@@ -174,6 +175,7 @@ def test_everything_that_is_stored_comes_back(tmp_path):
         found = store.job("a")
         assert found.problem is None and found.settings == job.settings and found.source == source
         assert found.sheet.axes == sheet.axes and found.loras == job.loras and found.owner == "anna"
+        assert found.notes == job.notes
     assert settings_from(json.loads(json.dumps(asdict(settings))), strict=True) == settings
     assert loras_from('[["style", 0.5], ["other", 1, 0.25]]') == job.loras  # older versions had one strength
 

@@ -1,5 +1,6 @@
 """Choices, wildcards and styles in the prompts of all APIs: settled by each picture's seed, and written settled."""
 
+import base64
 import json
 
 import pytest
@@ -19,6 +20,7 @@ def folder(tmp_path_factory):
     (folder / "wildcards" / "inked.txt").write_text("plain\n<lora:ink:0.5> drawn\n")
     (folder / "styles.csv").write_text(
         "name,prompt,negative_prompt\nfilm,a still of {prompt},text\noil,in oil,\ninked,<lora:ink:0.5> in ink,\n"
+        "mood,{prompt} {wild|calm},{fog|rain}\n"
     )
     lora_file(model_folder(folder), folder / "loras" / "ink.safetensors", 0)
     return folder
@@ -103,7 +105,7 @@ def test_styles_lie_around_the_prompt(server):
     assert prompts(server, job, "negative") == ["rain, text"]
     again = server.drawn(prompt="a", hires=1.5, hires_prompt="{b}", strength=1, seed=1, steps=2)
     assert prompts(server, again, "hires_prompt") == ["b"]
-    assert server.get("/api/info").json()["styles"] == ["film", "oil", "inked"]
+    assert server.get("/api/info").json()["styles"] == ["film", "oil", "inked", "mood"]
     listed = server.get("/sdapi/v1/prompt-styles").json()
     assert listed[0] == {"name": "film", "prompt": "a still of {prompt}", "negative_prompt": "text"}
     body = {"prompt": "a boat", "styles": ["oil"], "seed": 1, "steps": 4}
@@ -158,9 +160,9 @@ def test_comments_in_a1111s_prompts(server, prompt, more, drawn):
 
 def test_a_read_text_has_no_comments(server):
     """A number in a text that A1111 wrote with comments switched off, or that another program wrote."""
-    text = "boat #3\nSteps: 1, Sampler: Euler a, Seed: 1, Size: 64x64"
-    info = json.loads(server.post("/sdapi/v1/txt2img", {"infotext": text}).json()["info"])
-    assert info["prompt"] == "boat #3"
+    text = "boat #3 {a|b} __colours__\nSteps: 1, Sampler: Euler a, Seed: 1, Size: 64x64"
+    info = json.loads(server.post("/sdapi/v1/txt2img", {"infotext": text, "negative_prompt": "{a}"}).json()["info"])
+    assert info["prompt"] == "boat #3 {a|b} __colours__" and info["negative_prompt"] == "a"  # nor choices
     refused = server.post("/sdapi/v1/options", {"enable_prompt_comments": "no"})
     assert refused.status_code == 422 and "true or false" in refused.text
     server.post("/sdapi/v1/options", {"enable_prompt_comments": False})
@@ -173,6 +175,33 @@ def test_other_apis_read_choices_where_there_is_a_folder(server, plain):
     body = {"prompt": "{red} boat", "seed": 1, "steps": 4}
     told = [json.loads(one.post("/sdapi/v1/txt2img", body).json()["info"])["prompt"] for one in (server, plain)]
     assert told == ["red boat", "{red} boat"]
+
+
+def test_what_a_picture_records_is_settled(plain):
+    """Its text may have braces: a picture of another program, or of a server without wildcards."""
+    signs = "{{{boat}}} {a|b} __no__ :{"
+    second = {"enable_hr": True, "hr_scale": 1.5, "hr_prompt": signs, "hr_negative_prompt": "}"}
+    body = {"prompt": signs, "negative_prompt": "{", "seed": 1, "steps": 3} | second
+    answer = plain.post("/sdapi/v1/txt2img", body)
+    assert answer.status_code == 200, answer.text
+    told = plain.get("/api/images?limit=1").json()["images"][0]
+    assert told["settings"]["prompt"] == told["settings"]["hires_prompt"] == signs
+    wanted = {name: value for name, value in told["settings"].items() if value is not None}
+    again = plain.drawn(**wanted)
+    assert plain.picture(again["images"][0]).tobytes() == plain.picture(told["id"]).tobytes()
+    file = base64.b64encode(plain.get(told["url"]).content).decode()
+    read = plain.post("/api/settings", {"image": file}).json()
+    assert {*read["settled"]} == {"prompt", "negative", "hires_prompt", "hires_negative"}
+    refused = plain.post("/api/jobs", wanted | {"settled": ["prompt", "negative", "hires_prompt"]})
+    assert refused.status_code == 422 and refused.json()["error"]["field"] == "hires_negative"
+
+
+def test_styles_lie_around_what_is_settled(server):
+    """Their choices are made, and theirs alone."""
+    job = server.drawn(prompt="{a|b} ", negative="{c|d}", settled=["prompt"], styles=["mood", "oil"], seed=3, steps=1)
+    assert prompts(server, job) == [f"{{a|b}}  {settled('{wild|calm}', 3)}, in oil"]
+    (negative,) = prompts(server, job, "negative")
+    assert negative == settled("{c|d}, {fog|rain}", 3)
 
 
 def test_the_flags_are_checked_at_the_start(tmp_path):

@@ -209,6 +209,10 @@ def ended(job):
     return job
 
 
+def test_the_queue_knows_how_many_draw(mortal):
+    assert [mortal(None, count, str(count)).queue.workers for count in (1, 3)] == [1, 3]
+
+
 def test_a_job_that_ends_its_worker_three_times_fails_and_the_others_do_not(mortal):
     deaths = []
 

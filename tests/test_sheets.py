@@ -1,9 +1,11 @@
 """Sheets over prompts, strengths of LoRAs and models; and folders of pictures that are drawn over."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from conftest import pixels, tiny_sd
+from conftest import TINY, pixels, tiny_sd
 from PIL import Image
 
 import plainsd
@@ -61,6 +63,24 @@ def test_models(made, tmp_path):
     models = [str(tmp_path / name) for name in ("two", "one")]
     alone = [made("x", "--model", model, "--guidance", g)[0] for model in models for g in (1, 7)]
     assert same(sheet, alone, ["guidance 1.0", "guidance 7.0"], [f"model {model}" for model in models])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (("--size", 1024, 1024, "--grid", f"seed={','.join(map(str, range(16)))}", "--out", "x.webp"),
+         "is more than the 16383 pixels of a .webp file"),
+        (("--grid", "model=one,tipo"), "there is no model at 'tipo'"),
+        (("--perturbed", 3, "--grid", "model=one,plain"), "needs attention in the UNet's middle"),
+    ],
+)  # fmt: skip
+def test_a_sheet_that_cannot_be_is_refused_before_anything_is_drawn(generate, tmp_path, monkeypatch, flags, says):
+    monkeypatch.setattr("plainsd.commands.generate.draw", lambda *args, **more: pytest.fail("something was drawn"))
+    monkeypatch.chdir(tmp_path)
+    plainsd.save(tiny_sd(), tmp_path / "one")
+    plainsd.save(tiny_sd(replace(TINY, unet=replace(TINY.unet, mid_depth=0))), tmp_path / "plain")
+    code, out, err = generate("x", *flags)
+    assert (code, out) == (2, "") and says in err
 
 
 def test_every_picture_of_a_folder_is_drawn_over(made, generate, tmp_path):

@@ -316,7 +316,7 @@ def test_units_of_the_middle_of_2023():
     (note,) = parse_settings(f'{line}, ControlNet 0: "{unit}"').control
     assert (note.module, note.model) == ("canny", "control_v11p_sd15_canny [d14c016b]")
     assert (note.weight, note.start, note.end) == (0.6, 0.1, 0.8)
-    assert (note.thresholds, note.resolution) == ((50, 150), 512)
+    assert (note.thresholds, note.resolution, note.resize) == ((50, 150), 512, "crop")
     with pytest.raises(UserError, match="'ControlNet 0' has a value that cannot be read"):
         parse_settings(f'{line}, ControlNet 0: "weight: 0.6, strange: 1"')
 

@@ -225,6 +225,19 @@ def test_the_command_line_settles_each_picture(generate, tmp_path, folder, style
     assert {one.negative for one in every} == {"colour"} and [one.seed for one in every] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "flags", [("--like", "comfyui"), ("--noise", "comfyui"), ("--variation-seed", 9, "--variation-strength", 0.5)]
+)
+def test_the_seed_settles_it_where_another_number_is_counted(generate, tmp_path, flags):
+    prompt = "{a|b|c|d|e|f|g|h} {a|b|c|d|e|f|g|h}"
+    for seed in (4, 5):
+        out = tmp_path / f"{seed}"
+        assert generate(prompt, "--steps", 1, "--seed", seed, "--count", 2, "--out", out, *flags)[0] == 0
+        made = [read_settings(path).prompt for path in out.glob("*.png")]
+        assert made == [settled(prompt, seed)] * 2
+    assert settled(prompt, 4) != settled(prompt, 5) != settled(prompt, 9)
+
+
 def test_a_picture_of_a_settled_prompt_comes_back(generate, tmp_path):
     assert generate(r"\{a\} {b|c}", "--steps", 1)[0] == 0
     (first,) = (tmp_path / "out").glob("*.png")

@@ -61,8 +61,8 @@ def load(
     `variant_file`: "fp16" reads `*.fp16.safetensors` of a folder; None: the plain files, or if there are none those of
     a variant, with a notice. `family`: a name in VARIANTS, for a single file that does not reveal it. `vae`: a folder
     or file of another autoencoder, instead of the model's own. `loras`: files and strengths; with `lora_partial`,
-    unmatched names in them are skipped. `prediction`: "epsilon", "v_prediction" or "sample", and `zero_snr`: whether the
-    noise schedule ends at zero SNR, if the files lack it or are wrong.
+    unmatched names in them are skipped. `prediction`: "epsilon", "v_prediction" or "sample", and `zero_snr`: whether
+    the noise schedule ends at zero SNR, if the files lack it or are wrong.
     """
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)

@@ -9,6 +9,7 @@ that draw at the same time give each a model of its own.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,7 +30,7 @@ from plainsd.pictures.images import continued, to_rgb
 from plainsd.pictures.masks import Canvas, MaskOptions, canvas_of
 from plainsd.pictures.model import StableDiffusion, alone
 from plainsd.pictures.sampling import steps_to_run
-from plainsd.pictures.settings import MASK_OPTIONS, SIZES, Resolved, Settings
+from plainsd.pictures.settings import MASK_OPTIONS, SIZES, Resolved, Settings, content_notes
 
 STRENGTH = 0.75  # default for image to image
 HIRES_STRENGTH = 0.7  # default for the hires pass
@@ -38,7 +39,7 @@ HIRES_STRENGTH = 0.7  # default for the hires pass
 class Events:
     """A running task: an iterator over its events. Only its own code runs in inference mode, not the caller's.
 
-    `others`: the networks beside the model's, of controls and image prompts.
+    `size`: of the finished pictures; `others`: the networks beside the model's, of controls and image prompts.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class Events:
         events: Generator[Step | Pictures],
         settings: list[Resolved],
         steps: int,
+        size: tuple[int, int],
         others: Iterable[nn.Module] = (),
     ):
+        self.size = size
         self._sd, self._events, self.settings, self.steps = sd, events, settings, steps  # steps: their total number
         self._others = list(others)
 
@@ -87,7 +90,12 @@ def _started(
     """The events of a task of pictures/drawing.py, one of its functions."""
     others: list[nn.Module] = [one.net for one in control]
     others += [network for one in image_prompt for network in (one.adapter.adapter, one.adapter.tower)]
-    return Events(sd, side_by_side(task, sd, each, *inputs, control, image_prompt), each, steps, others)
+    one = each[0]
+    whole = next((canvas.whole for canvas in inputs if isinstance(canvas, Canvas)), None)
+    size = whole.size if whole else one.size
+    if one.hires:
+        size = enlarged_size(size, one.hires, size_multiple(sd.vae.config), one.like)
+    return Events(sd, side_by_side(task, sd, each, *inputs, control, image_prompt), each, steps, size, others)
 
 
 # --- tasks -----------------------------------------------------------------------------------------------------------
@@ -232,9 +240,9 @@ def inpaint(
     Inpainting models get mask and masked picture as extra input channels; with others, the known latents are restored
     at every step (Lugmayr et al. 2022, "RePaint"). Strength 1 starts from pure noise. Mask options in `choices`, in
     pixels of the picture: `mask_blur` softens its edge, `mask_grow` dilates it, `masked_padding` draws only the masked
-    part, with so much around it, at `size`; `masked_content` is what is under it at the start, "original", "fill" (the
-    colours around), "noise" or "nothing"; `soft_mask` uses its grey levels for how early each position begins to change
-    (Levin and Fried 2023, arXiv:2306.00950). Otherwise as `image_to_image`.
+    part, with so much around it, at `size`; `masked_content` is what is under it at the start, below strength 1:
+    "original", "fill" (the colours around), "noise" or "nothing"; `soft_mask` uses its grey levels for how early each
+    position begins to change (Levin and Fried 2023, arXiv:2306.00950). Otherwise as `image_to_image`.
     """
     if edits(sd.unet.config, sd.vae.config):
         raise UserError("this model edits whole pictures and reads no mask; leave the mask, or outpainting, out")
@@ -252,6 +260,8 @@ def inpaint(
         "image_prompt": check_image_prompts(sd, image_prompt),
     }
     settings, steps = _with_picture(sd, canvas.image, strength, notes | choices)
+    for note in content_notes(settings):
+        warnings.warn(note, stacklevel=2)
     each = settings_of_each(settings, prompt, negative, count)
     return _started(repainted, sd, each, steps, control, image_prompt, canvas)
 
@@ -260,7 +270,7 @@ def mask_options(choices: Mapping[str, Any]) -> MaskOptions:
     """The mask options among a task's choices; UserError for one out of range."""
     given = Settings(**{name: choices[name] for name in MASK_OPTIONS if name in choices})
     given.check()
-    return MaskOptions(*(getattr(given, name) for name in MASK_OPTIONS))
+    return replace(MaskOptions(*(getattr(given, name) for name in MASK_OPTIONS)), like=choices.get("like"))
 
 
 def outpaint(
@@ -307,7 +317,7 @@ def batch(
     steps = steps_to_run(sd, one, on_picture=True)
     if mask is None:
         return _started(from_picture, sd, each, steps, control, image_prompt, image)
-    canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask))
+    canvas = canvas_of(image, mask, image.size, MaskOptions(soft=one.soft_mask, like=one.like))
     if not composed:
         canvas = replace(canvas, whole=image, alpha=Image.new("L", image.size, 255))
     return _started(repainted, sd, each, steps, control, image_prompt, canvas)

@@ -78,6 +78,7 @@ def chosen_controls(command: GenerateFlags, sd: StableDiffusion, recorded: Seque
             module=note.module,
             thresholds=note.thresholds,
             resolution=note.resolution,
+            resize=note.resize,
         )
         for path, map, note in asked_controls(command, recorded)
     ]
@@ -103,6 +104,7 @@ def asked_controls(
             kinds=before.kinds if kind is None else (kind,),
             thresholds=before.thresholds if module == before.module else None,
             resolution=before.resolution if module == before.module else None,
+            resize=before.resize,
         )
         yield path, None if module == INPAINT else next(maps, None), note
 

@@ -23,7 +23,7 @@ class GenerateFlags:
     vae: Annotated[Path | None, flag("PATH")] = None
     """another autoencoder in place of the model's own: a folder, a file, or a whole checkpoint"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what the model predicts: epsilon or v_prediction"""
+    """override what the model predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether the model has zero terminal SNR"""
     lora: Annotated[UseAppendAction[tuple[str, ...]], flag("FILE:STRENGTH")] = ()
@@ -64,7 +64,7 @@ class GenerateFlags:
     refiner: Annotated[str | None, flag("MODEL")] = None
     """folder, file or Hub id of a model for the last steps, such as SDXL's refiner"""
     handover: Annotated[float | None, flag("FRACTION")] = None
-    """fraction of the timesteps after which the refiner takes over (default 0.8)"""
+    """fraction of the timesteps after which the refiner takes over (default 0.8); with --like comfyui of the steps"""
     negative: Annotated[str | None, flag("TEXT")] = None
     """negative prompt"""
     wildcards: Annotated[Path | None, flag("FOLDER")] = None
@@ -130,7 +130,7 @@ class GenerateFlags:
     masked_padding: Annotated[int | None, flag("PIXELS")] = None
     """inpaints only the masked area plus this margin, at --size"""
     masked_content: Annotated[str | None, flag("NAME")] = None
-    """initial content under the mask: original, fill, noise or nothing"""
+    """initial content under the mask, at a strength below 1: original, fill, noise or nothing"""
     soft_mask: Switch = False
     """grey levels of the mask set how early each pixel starts to change (differential diffusion)"""
     outpaint: Annotated[tuple[int, int, int, int] | None, flag("L T R B")] = None

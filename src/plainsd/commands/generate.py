@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from plainsd.commands.adapters import chosen_loras, embedding_from_flag, prompts_and_loras
 from plainsd.commands.control import check_control_flags
 from plainsd.commands.flags import GenerateFlags
-from plainsd.commands.grid import axis, axis_names, by_setup, cell_by_cell, check_models, grid_cells, sheet
+from plainsd.commands.grid import (
+    axis,
+    axis_names,
+    by_setup,
+    cell_by_cell,
+    check_sheet_side,
+    checked_sizes,
+    grid_cells,
+    sheet,
+)
 from plainsd.commands.image_prompt import check_image_prompt_flags
 from plainsd.commands.output import Preview, PromptBatch, Target, check_writable, draw
 from plainsd.commands.recorded import ELSEWHERE, NOISE, check_recorded, noise_flags, recorded, say_unused, with_notes
@@ -122,8 +131,9 @@ class Generate(GenerateFlags):
         say_unused(besides)
         joins = setup.joins(sd)
         choices |= joins
-        if self.control or self.image_prompt:
-            check_models([model for model, _ in setups if model not in (None, first)], joins, self.vae)
+        if axes:
+            sizes = checked_sizes(cells, setups, sd, tasks[0], joins, self.vae)
+            check_sheet_side(sizes, axes, target.file.suffix if target.file else target.suffix)
         for _, cell in cells:
             cell |= joins
         loaded = time.perf_counter()
@@ -245,8 +255,7 @@ class Generate(GenerateFlags):
         made = {name for name in TEXTS_BESIDE if name not in given}  # of --from
         if not (self.prompt or self.prompts):
             made.add("prompt")
-        first = choices.get(settings.counted) or 0
-        how = {"seed": first, "count": self.count}
+        how: dict[str, Any] = {"seed": settings.seed, "count": self.count, "counted": settings.counted == "seed"}
         prompts, each = texts_of_each(prompts, beside, made, styles, self.wildcards, self.combinations, **how)
         settings.check_count(len(prompts))
         if not self.server and (choices.keys() & {"sampler", "spacing"}):

@@ -5,7 +5,8 @@ S/R"), `lora:style=0,0.5,1` gives strengths of a LoRA on the model, `model=a,b` 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -126,8 +127,34 @@ def set_strengths(sd: StableDiffusion, strengths: Iterable[tuple[str, float]]) -
         on[name][0].set_strength(strength)
 
 
-def check_models(models: Iterable[str], joins: Mapping[str, Sequence], vae: Path | None) -> None:
-    """UserError where a control or an image prompt does not fit one of the models. Reads no weights."""
+def checked_sizes(
+    cells: list[tuple[list[str], dict]],
+    setups: dict[Setup, list[int]],
+    sd: StableDiffusion,
+    task: Callable,
+    joins: dict[str, Sequence],
+    vae: Path | None,
+) -> list[tuple[int, int]]:
+    """The sizes of the cells' pictures. UserError for a model that is not there, and for one that does not draw its
+    cells. `sd` is the model of the first setup; no weights of the others are read."""
+    models = {next(iter(setups))[0]: sd}
+    sizes: dict[int, tuple[int, int]] = {}
+    for (model, _), indices in setups.items():
+        if model not in models:
+            models[model] = bare_model(model, sd, joins, vae)
+        for index in indices:
+            prompts, choices = cells[index]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # they come again when it is drawn
+                sizes[index] = task(models[model], prompts, **choices | joins).size
+    return [sizes[index] for index in range(len(cells))]
+
+
+def bare_model(
+    model: str | None, beside: StableDiffusion, joins: dict[str, Sequence], vae: Path | None
+) -> StableDiffusion:
+    """A model without weights, with the refiner and upscaler of another. UserError where a control or an image prompt
+    does not fit it."""
     from plainsd.files.convert import read
     from plainsd.files.hub import find
     from plainsd.files.stored import empties
@@ -135,19 +162,32 @@ def check_models(models: Iterable[str], joins: Mapping[str, Sequence], vae: Path
     from plainsd.pictures.image_prompt import image_mismatch
     from plainsd.pictures.model import assemble
 
-    for model in models:
-        path = find(model)
-        variant = read(path, vae=vae, ask=False).variant
-        bare = assemble(variant, empties(variant), [], path)
-        reasons = [(f"control {one.name!r}", mismatch(one.net, bare)) for one in joins.get("control", ())]
-        reasons += [
-            (f"image prompt {one.name!r}", image_mismatch(one.adapter.adapter, bare))
-            for one in joins.get("image_prompt", ())
-        ]
-        for which, reason in reasons:
-            if reason:
-                raise UserError(f"grid model={model}: {which} does not fit it: {reason}; leave one of them out",
-                                field="grid", value=model)  # fmt: skip
+    path = find(model)
+    variant = read(path, vae=vae, ask=False).variant
+    bare = assemble(variant, empties(variant), [], path)
+    reasons = [(f"control {one.name!r}", mismatch(one.net, bare)) for one in joins.get("control", ())]
+    reasons += [
+        (f"image prompt {one.name!r}", image_mismatch(one.adapter.adapter, bare))
+        for one in joins.get("image_prompt", ())
+    ]
+    for which, reason in reasons:
+        if reason:
+            raise UserError(
+                f"grid model={model}: {which} does not fit it: {reason}; leave one of them out",
+                field="grid",
+                value=model,
+            )
+    bare.refiner, bare.upscaler = beside.refiner, beside.upscaler
+    return bare
+
+
+def check_sheet_side(sizes: list[tuple[int, int]], axes: list[GridAxis], suffix: str) -> None:
+    """UserError where the sheet of pictures of these sizes is too long for its file's format."""
+    from plainsd.pictures.images import check_side, sheet_layout
+
+    labels = labels_of(axes)
+    rows = len(labels[1]) if labels[1:] else 1
+    check_side(sheet_layout(sizes, len(labels[0]), rows, *labels).size, suffix)
 
 
 def cell_by_cell(
@@ -175,9 +215,13 @@ def cell_by_cell(
     return [found[index] for index in range(len(cells))]
 
 
+def labels_of(axes: list[GridAxis]) -> list[list[str]]:
+    names = [one.name if one.name.startswith(LORA_AXIS) else one.name.replace("_", " ") for one in axes]
+    return [[f"{name} {value}" for value in one.values] for name, one in zip(names, axes, strict=True)]
+
+
 def sheet(images: list[Image.Image], axes: list[GridAxis]) -> Image.Image:
     from plainsd.pictures.images import grid
 
-    names = [one.name if one.name.startswith(LORA_AXIS) else one.name.replace("_", " ") for one in axes]
-    labels = [[f"{name} {value}" for value in one.values] for name, one in zip(names, axes, strict=True)]
+    labels = labels_of(axes)
     return grid(images, len(labels[0]), *labels)

@@ -22,14 +22,14 @@ from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
 from plainsd.pictures.settings import ControlNote, ImagePromptNote, Settings
-from plainsd.server.client import Busy, Finished, Progress, Remote
+from plainsd.server.client import Busy, Finished, Lost, Progress, Remote, cancelling
 from plainsd.text.prompts import LORA_TAG, LoraTag, tagged_loras
 
 if TYPE_CHECKING:
     from plainsd.commands.output import Target
 
 AHEAD = 4  # jobs in flight, so that the server can batch them
-MOST_WAITS, LONGEST_WAIT = 20, 60.0  # for room in the server's queue, and the seconds of each
+MOST_WAITS, LONGEST_WAIT = 20, 60.0  # for room in the server's queue, or its restart, and the seconds of each
 PREVIEW_SCALE, SMALL_PREVIEW = 8, 256  # previews with sides below 256 pixels are enlarged 8 times
 NOT_SENT = (
     "vae",
@@ -58,6 +58,7 @@ NOT_FIELDS = (
     *NOISE,
 )  # recorded settings that a job has no field for
 EMBEDDING_SUFFIXES = (".safetensors", ".pt", ".bin")
+CHOICE_SIGNS = re.compile("[{}]|__")
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin")
 
 
@@ -135,8 +136,14 @@ def jobs_of(
     own = ({**beside, **prompt_and_loras(prompt, loras)} for prompt, beside in zip(prompts, each, strict=True))
     for fields, group in groupby(own):
         count = len(list(group))
-        yield shared | fields | {"count": count, counted: first}
+        yield shared | fields | settled_in(fields) | {"count": count, counted: first}
         first += count
+
+
+def settled_in(fields: dict[str, Any]) -> dict[str, Any]:
+    """`settled` of POST /api/jobs: choices have been made here, and what looks like one is text."""
+    names = [name for name in ("prompt", *TEXTS_BESIDE) if CHOICE_SIGNS.search(fields.get(name, ""))]
+    return {"settled": names} if names else {}  # which older servers do not know
 
 
 def prompt_and_loras(prompt: str, loras: Sequence[tuple[Path, float | None]]) -> dict[str, Any]:
@@ -229,40 +236,40 @@ def remote_pictures(remote: Remote, jobs: list[dict[str, Any]], preview: Path | 
     from tqdm import tqdm
 
     sent: list[str] = []
-    try:
-        with tqdm(total=100 * len(jobs), unit="%", disable=None, dynamic_ncols=True) as bar:
-            for i in range(len(jobs)):
-                for fields in jobs[i + len(sent) : i + AHEAD]:
-                    try:
-                        sent.append(submitted(remote, fields, is_first=not sent))  # one at a time: one may be refused
-                    except Busy:
-                        if not sent:
-                            raise
-                        break  # until one of them has ended
-                pictures: list[Finished] = []
-                for event in remote.follow(sent[0]):
-                    if isinstance(event, Finished):
-                        pictures.append(event)
-                        continue
-                    bar.update(100 * i + round(100 * event.share) - bar.n)
-                    if preview and event.previews:
-                        show(event, preview)
-                del sent[0]
-                bar.update(100 * (i + 1) - bar.n)
-                yield pictures
-    finally:
-        for id in sent:
-            remote.cancel(id)
+    with cancelling(remote, sent), tqdm(total=100 * len(jobs), unit="%", disable=None, dynamic_ncols=True) as bar:
+        for i in range(len(jobs)):
+            for fields in jobs[i + len(sent) : i + AHEAD]:
+                try:
+                    sent.append(submitted(remote, fields, is_first=not sent))  # one at a time: one may be refused
+                except (Busy, Lost):
+                    if not sent:
+                        raise
+                    break  # until one of them has ended
+            pictures: list[Finished] = []
+            for event in remote.follow(sent[0]):
+                if isinstance(event, Finished):
+                    pictures.append(event)
+                    continue
+                bar.update(100 * i + round(100 * event.share) - bar.n)
+                if preview and event.previews:
+                    show(event, preview)
+            del sent[0]
+            bar.update(100 * (i + 1) - bar.n)
+            yield pictures
 
 
 def submitted(remote: Remote, fields: dict[str, Any], *, is_first: bool) -> str:
-    """The id of the job. While the queue is full, the only one in flight waits; Busy for another, or at last."""
+    """The id of the job. While the server takes none, the only one in flight waits; Busy for another, or at last."""
+    waited = False
     for _ in range(MOST_WAITS if is_first else 0):
         try:
             return remote.submit(**fields)
-        except Busy as busy:
-            print(f"{busy.what}; waiting", file=sys.stderr)
-            time.sleep(min(busy.seconds, LONGEST_WAIT))
+        except (Busy, Lost) as error:
+            if isinstance(error, Lost) and not waited:  # else it restarts
+                raise
+            print(f"{error.what}; waiting", file=sys.stderr)
+            time.sleep(min(error.seconds, LONGEST_WAIT))
+            waited = True
     return remote.submit(**fields)
 
 

@@ -38,7 +38,7 @@ class Serve:
     model: Annotated[UseAppendAction[tuple[str, ...]], flag("MODEL")] = ()
     """folder, file or Hub id; repeatable, the first is the default. The embedded model if not given"""
     prediction: Annotated[str | None, flag("NAME")] = None
-    """override what the (only) model predicts: epsilon or v_prediction"""
+    """override what the (only) model predicts: epsilon, v_prediction or sample (x0)"""
     zero_snr: Annotated[str | None, flag("on|off")] = None
     """override whether it has zero terminal SNR"""
     host: Annotated[str, flag("ADDRESS")] = "127.0.0.1"

@@ -22,8 +22,10 @@ def texts_of_each(
     *,
     seed: int,
     count: int,
+    counted: bool = True,
 ) -> tuple[list[str], list[dict[str, str]]]:
-    """The prompt of each picture, and its other texts by their fields: each prompt `count` times, seeds from `seed` on.
+    """The prompt of each picture, and its other texts by their fields: each prompt `count` times, seeds from `seed` on;
+    unless `counted` that one for all.
 
     `made`: the fields whose choices are made already, as a picture records them; only those of the `styles`, which lie
     around the texts in this order, are then left. `every`: a prompt stands for all its combinations.
@@ -36,9 +38,10 @@ def texts_of_each(
     repeated = [prompt for prompt in prompts for _ in range(count)]
 
     def text(name: str, own: str, index: int) -> str:
+        its_seed = seed + index * counted
         if name in made:
-            return in_styles(name, own, settled_styles(styles, seed + index, wildcards))
-        return settled(in_styles(name, own, styles), seed + index, wildcards)
+            return in_styles(name, own, settled_styles(styles, its_seed, wildcards))
+        return settled(in_styles(name, own, styles), its_seed, wildcards)
 
     each = [{name: text(name, own, index) for name, own in beside.items()} for index in range(len(repeated))]
     return repeated if every else [text("prompt", own, index) for index, own in enumerate(repeated)], each

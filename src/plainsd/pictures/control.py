@@ -40,6 +40,7 @@ from plainsd.models.t2i_adapter import T2IAdapter, as_features
 from plainsd.models.unet import plus
 from plainsd.pictures.conditioning import Conditioning
 from plainsd.pictures.images import to_rgb
+from plainsd.pictures.masks import resized
 from plainsd.pictures.model import StableDiffusion, moved
 from plainsd.pictures.preprocess import INPAINT, preprocessed
 from plainsd.pictures.seamless import wrapped_edges
@@ -67,6 +68,7 @@ class Control:
     module: str = "none"  # the preprocessor, likewise; where there is no map, it makes one of the picture drawn over
     thresholds: tuple[float, float] | None = None  # its own, likewise ...
     resolution: int | None = None  # ... and that at which it read the picture
+    resize: str = "stretch"  # how its maps get the picture's size: see `masks.resized`
 
     @property
     def images(self) -> list[Image.Image]:
@@ -80,7 +82,7 @@ class Control:
     @property
     def note(self) -> ControlNote:
         values = (self.module, self.name, float(self.strength), float(self.start), float(self.end), self.mode)
-        return ControlNote(*values, self.guess, self.kinds, self.thresholds, self.resolution)
+        return ControlNote(*values, self.guess, self.kinds, self.thresholds, self.resolution, self.resize)
 
     @property
     def prompted_only(self) -> bool:
@@ -152,7 +154,10 @@ def maps_of(
     control: Control, size: tuple[int, int], source: Image.Image | None, hole: Image.Image | None
 ) -> list[Tensor]:
     if control.image is not None:
-        return [as_map(image, size, control.net) for image in control.images]
+        images = control.images
+        if control.resize != "stretch":
+            images = [resized(to_rgb(image, background="black"), size, control.resize) for image in images]
+        return [as_map(image, size, control.net) for image in images]
     assert source is not None  # `_check_source` sees to it
     if control.module != INPAINT:
         made = preprocessed(source, control.module, control.thresholds or THRESHOLDS, control.resolution)

@@ -20,6 +20,7 @@ from plainsd.pictures.guidance import check_guidance
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.sampling import levels_of, second_pass
 from plainsd.pictures.settings import (
+    AUTOMATIC,
     DEFAULTS,
     LATENT_MODES,
     MASK_OPTIONS,
@@ -112,7 +113,7 @@ def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -
         **dict.fromkeys(("hires", *OF_HIRES)),
         "handover": None,
         "eta": None,
-        "spacing": settings.hires_spacing or settings.spacing,
+        "spacing": None if settings.hires_spacing == AUTOMATIC else settings.hires_spacing or settings.spacing,
         "guidance": settings.guidance if settings.hires_guidance is None else settings.hires_guidance,
     }
     again = resolved(sd, replace(second_pass(whole), **wanted))

@@ -15,16 +15,27 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from plainsd.diffusion.conventions import convention
 from plainsd.diffusion.samplers import SAMPLERS, Step
 from plainsd.models.variants import edits
 from plainsd.pictures.control import Control, fitted
 from plainsd.pictures.defaults import enlarged_size, size_multiple
 from plainsd.pictures.image_prompt import ImagePrompt
 from plainsd.pictures.images import to_pil, to_tensor
-from plainsd.pictures.masks import Canvas
+from plainsd.pictures.masks import Canvas, latent_mask
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.noise import NoiseOfEach
-from plainsd.pictures.sampling import Known, decode, encode, from_nothing, prepare_latents, sample, second_pass, to_edit
+from plainsd.pictures.sampling import (
+    Known,
+    decode,
+    edited_steps,
+    encode,
+    from_nothing,
+    prepare_latents,
+    sample,
+    second_pass,
+    to_edit,
+)
 from plainsd.pictures.settings import LATENT_MODES, UPSCALERS, Resolved
 from plainsd.pictures.upscaling import upscaled
 
@@ -51,7 +62,7 @@ def from_text(
         draw = draw.anew(again)
         noise = prepare_latents(sd, size, draw)
         joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt}
-        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=one.steps, **joins)
+        latents = yield from sample(sd, again, size, noise, draw, known, first_pass=edited_steps(one), **joins)
     yield Pictures(to_pil(decode(sd, latents, tiling=one.tiling)), each, latents)
 
 
@@ -104,22 +115,25 @@ def repainted(
     image_prompt: Sequence[ImagePrompt],
 ) -> Generator[Step | Pictures]:
     one, image = each[0], canvas.image
-    levels = torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0  # (1, 1, H, W)
-    light = (levels > 0).float()
-    draw = NoiseOfEach(each, sd.device, sd.vae.config.factor)
-    pixels, light_padded = _padded(sd, to_tensor(image)), _padded(sd, light)
+    rounded = convention(one.like).masks_rounded and not (one.soft_mask or one.outpaint)
+    draw, factor = NoiseOfEach(each, sd.device, sd.vae.config.factor), sd.vae.config.factor
+    pixels = _padded(sd, to_tensor(image))
+    levels = _padded(sd, torch.from_numpy(np.array(canvas.hole))[None, None] / 255.0)  # (1, 1, H, W)
     size = (pixels.shape[3], pixels.shape[2])
-    mask = F.max_pool2d(light_padded, sd.vae.config.factor).to(sd.device)  # a latent is masked if any of its pixels is
+    mask = latent_mask(levels, factor, rounded=rounded).to(sd.device)
     reads_mask = sd.unet.config.in_channels != sd.vae.config.latent_channels
     latents = None if reads_mask and from_nothing(one) else encode(sd, pixels, draw, tiling=one.tiling)
     noise = prepare_latents(sd, size, draw)
     if latents is not None and one.masked_content in ("noise", "nothing"):
         latents = (1 - mask) * latents + mask * (noise if one.masked_content == "noise" else 0)
     if reads_mask:
-        around = encode(sd, pixels * (1 - light_padded), draw, tiling=one.tiling)  # the hole is mid-grey
-        known = Known(latents, concat=torch.cat([mask.expand(len(each), -1, -1, -1), around], dim=1))
+        light = levels.round() if rounded else (levels > 0).float()
+        around = encode(sd, pixels * (1 - light), draw, tiling=one.tiling)  # the hole is mid-grey
+        shown = light[..., ::factor, ::factor].to(sd.device) if rounded else mask
+        concat = torch.cat([shown.expand(len(each), -1, -1, -1), around], dim=1)
+        known = Known(latents, mask if rounded else None, concat=concat)
     elif one.soft_mask:
-        known = Known(latents, mask, F.avg_pool2d(_padded(sd, levels), sd.vae.config.factor).to(sd.device))
+        known = Known(latents, mask, F.avg_pool2d(levels, factor).to(sd.device))
     else:
         known = Known(latents, mask)
     if canvas.box is not None:

@@ -8,22 +8,31 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter, ImageOps
+from torch import Tensor
 
+from plainsd.diffusion.conventions import convention
 from plainsd.errors import UserError
 from plainsd.pictures.images import to_rgb
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
+BLURS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2), (0, 1))  # A1111's: radius, and how often it is laid on top
 
 
 @dataclass(frozen=True)
 class MaskOptions:
     """How a mask is used. Pixels are those of the picture."""
 
-    blur: float = 0.0  # standard deviation of the edge's blur, in pixels
+    blur: float | tuple[float, float] = 0.0  # standard deviation of the edge's blur, in pixels; or across and down
     grow: int = 0  # pixels to dilate by, or below 0 to erode by
     padding: int | None = None  # draw only the masked part, at full size, with this much around it
     fill: str = "original"
     soft: bool = False  # grey levels set when a pixel begins to change (Levin and Fried 2023, arXiv:2306.00950)
+    like: str | None = None  # the program whose masks these are, see diffusion/conventions.py
+    resize: str = "stretch"  # picture and mask, where no part alone is drawn: see `resized`
+
+    @property
+    def rounded(self) -> bool:
+        return convention(self.like).masks_rounded and not self.soft
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Canvas:
     """The picture to draw on, and where the result goes."""
 
     image: Image.Image  # at the size of the run
-    hole: Image.Image  # L: what is repainted, 0 or 255; for a soft mask its grey levels
+    hole: Image.Image  # L: what is repainted, 0 or 255; of a soft mask, and in A1111, the grey levels
     whole: Image.Image | None = None  # the picture to paste into, if any ...
     alpha: Image.Image | None = None  # ... with this opacity, of its size
     box: Box | None = None  # ... in this part of it
@@ -52,8 +61,8 @@ class Canvas:
 def canvas_of(image: Image.Image, mask: Image.Image, size: tuple[int, int], how: MaskOptions) -> Canvas:
     """Prepares a picture and its mask, of one size, for a run at `size`. UserError for an all-dark mask."""
     levels = Image.fromarray(np.array(to_rgb(mask, background="black").convert("L")))
-    levels = grown(levels if how.soft else hard(levels), how.grow)
-    alpha = levels if not how.blur else levels.filter(ImageFilter.GaussianBlur(how.blur))
+    levels = grown(levels if how.soft or how.rounded else hard(levels), how.grow)
+    alpha = levels if how.blur in (0, (0, 0)) else levels.filter(ImageFilter.GaussianBlur(how.blur))
     if alpha.getbbox() is None:
         raise UserError(
             "the mask is dark everywhere, so nothing would be drawn; make it white where you want a change",
@@ -62,17 +71,31 @@ def canvas_of(image: Image.Image, mask: Image.Image, size: tuple[int, int], how:
     if how.padding is not None:
         box = box_around(alpha, how.padding, size)
         part, levels = resized(image.crop(box), size), resized(alpha.crop(box), size)
-        canvas = Canvas(
-            part, levels if how.soft else hole_of(levels), image, hole_of(alpha) if how.soft else alpha, box
-        )
+        hole = levels if how.soft or how.rounded else hole_of(levels)
+        canvas = Canvas(part, hole, image, hole_of(alpha) if how.soft else alpha, box)
+    elif how.rounded:
+        image, small = resized(image, size, how.resize), resized(alpha, size, how.resize)
+        canvas = Canvas(image, small, image, small.point(lambda level: min(2 * level, 255)))
     else:
-        image = resized(image, size)
-        small = alpha.resize(size, Image.Resampling.NEAREST)
-        plain = how.soft or not how.blur
+        image = resized(image, size, how.resize)
+        small = resized(alpha, size, how.resize, Image.Resampling.NEAREST)
+        plain = how.soft or how.blur in (0, (0, 0))
         canvas = Canvas(image, small if how.soft else hole_of(small), *(() if plain else (image, small)))
-    if how.fill != "fill":
-        return canvas
-    return replace(canvas, image=filled_hole(canvas.image, hole_of(canvas.hole)))
+    if how.rounded and how.fill != "original":
+        return replace(canvas, image=blurred_hole(canvas.image, canvas.hole))
+    if how.fill == "fill":
+        return replace(canvas, image=filled_hole(canvas.image, hole_of(canvas.hole)))
+    return canvas
+
+
+def latent_mask(levels: Tensor, factor: int, *, rounded: bool) -> Tensor:
+    """Which latents are repainted, (1, 1, H, W) -> (1, 1, h, w), 0 to 1: each that has such a pixel, or, rounded, where
+    the mask scaled to latents is nearer to white, as in A1111."""
+    if not rounded:
+        return F.max_pool2d((levels > 0).float(), factor)
+    pixels = Image.fromarray((levels[0, 0] * 255).round().byte().numpy())
+    small = hard(pixels.resize((pixels.width // factor, pixels.height // factor), Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.array(small))[None, None] / 255.0
 
 
 def hard(levels: Image.Image) -> Image.Image:
@@ -92,15 +115,6 @@ def grown(levels: Image.Image, pixels: int) -> Image.Image:
             found, width = further(found[step:], found[:-step]), width + step
         found = found.T
     return Image.fromarray(np.ascontiguousarray(found))
-
-
-def alpha_of(mask: Image.Image, blur: float | tuple[float, float] = 0, *, inverted: bool = False) -> Image.Image:
-    """A mask, light where to repaint -> opacity of the result, 0 to 255, with soft edges if blurred: by one radius, or
-    by one across and one down."""
-    alpha = hard(mask.convert("L"))
-    if inverted:
-        alpha = ImageChops.invert(alpha)
-    return alpha if blur in (0, (0, 0)) else alpha.filter(ImageFilter.GaussianBlur(blur))
 
 
 def hole_of(alpha: Image.Image) -> Image.Image:
@@ -126,6 +140,18 @@ def filled_hole(image: Image.Image, hole: Image.Image) -> Image.Image:
         result, weight = torch.where(fresh, wide[:, :3], result), torch.where(fresh, 1.0, weight)
         side *= 2
     return Image.fromarray(result[0].permute(1, 2, 0).round().clamp(0, 255).to(torch.uint8).numpy())
+
+
+def blurred_hole(image: Image.Image, levels: Image.Image) -> Image.Image:
+    """The hole filled as in A1111: what is around it, blurred ever less, and laid over what was blurred more."""
+    keep = ImageChops.invert(levels)
+    around = Image.merge("RGBa", [*(ImageChops.multiply(channel, keep) for channel in image.split()), keep])
+    filled = Image.new("RGBA", image.size)
+    for radius, times in BLURS:
+        layer = around.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        for _ in range(times):
+            filled.alpha_composite(layer)
+    return filled.convert("RGB")
 
 
 def box_around(alpha: Image.Image, padding: int, size: tuple[int, int]) -> Box:
@@ -155,17 +181,22 @@ def part_in_box(picture: Image.Image, whole: tuple[int, int], box: Box, size: tu
     return to_rgb(picture, background="black").resize(size, Image.Resampling.LANCZOS, own)
 
 
-def resized(image: Image.Image, size: tuple[int, int], how: str = "stretch") -> Image.Image:
+def resized(
+    image: Image.Image,
+    size: tuple[int, int],
+    how: str = "stretch",
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
+) -> Image.Image:
     """The picture at this size: stretched, cropped ("crop"), or padded with its edges' colours ("fill")."""
     if how == "crop":
-        return ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(image, size, resample)
     if how == "fill":
-        inner = ImageOps.contain(image, size, Image.Resampling.LANCZOS)
+        inner = ImageOps.contain(image, size, resample)
         across, down = size[0] - inner.width, size[1] - inner.height
         pad = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
         pixels = np.array(inner)
         return Image.fromarray(np.pad(pixels, pad[: pixels.ndim], mode="edge"))
-    return image if image.size == size else image.resize(size, Image.Resampling.LANCZOS)
+    return image if image.size == size else image.resize(size, resample)
 
 
 def pasted(drawn: Image.Image, base: Image.Image, alpha: Image.Image, box: Box | None) -> Image.Image:

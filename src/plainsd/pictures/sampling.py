@@ -156,6 +156,11 @@ def second_pass(one: Resolved) -> Resolved:
     return replace(one, **{name: value for name in names if (value := getattr(one, f"hires_{name}")) is not None})
 
 
+def edited_steps(one: Resolved) -> int:
+    """The steps by which prompts are edited: of some samplers A1111 counts each twice."""
+    return one.steps * (2 if one.sampler in convention(one.like).second_order else 1)
+
+
 def from_nothing(one: Resolved) -> bool:
     """Whether inpainting and editing start from pure noise, at full strength."""
     return one.strength == 1 and not convention(one.like).image_keeps
@@ -190,9 +195,8 @@ def sample(
     """Yields the sampler's steps; returns clean latents (B, L, h, w).
 
     `each` differ in prompts, seeds and guidance scale only; `size` is the picture's, for SDXL's conditioning; `noise`
-    is the initial noise, and `draw` gives more; `first_pass` is the number of steps of an earlier pass, for prompt
-    editing; `control` and `image_prompt` do not act on a refiner; `shown` is the size of the picture that is cut out of
-    this one, if not all.
+    is the initial noise, and `draw` gives more; `first_pass` is `edited_steps` of an earlier pass; `control` and
+    `image_prompt` do not act on a refiner; `shown` is the size of the picture that is cut out of this one, if not all.
     """
     one, shape = each[0], noise.shape[1:]
     again = first_pass is not None
@@ -257,9 +261,10 @@ def _masked(
 def turns(
     sd: StableDiffusion, one: Resolved, levels: Levels, *, second: bool = False
 ) -> list[tuple[list[StableDiffusion], Levels]]:
-    """Which model samples which levels: the base model, and after the fraction `handover` of the timesteps its refiner,
-    if any (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each starts the sampler afresh, as two pipelines would;
-    if the handover is inside the sampler, both are listed for all levels. `second`: in the second pass of hires."""
+    """Which model samples which levels: the base model, and after the fraction `handover` of the timesteps (in ComfyUI,
+    of the steps) its refiner, if any (Podell et al. 2023, arXiv:2307.01952, section 2.5). Each starts the sampler
+    afresh, as two pipelines would; if the handover is inside the sampler, both are listed for all levels. `second`: in
+    the second pass of hires."""
     if sd.refiner is None or (one.hires and not second and convention(one.like).refines_second_pass):
         return [([sd], levels)]
     if convention(one.like).refines_midway:
@@ -268,6 +273,8 @@ def turns(
     entries = len(sd.schedule)
     last = round(entries - one.handover * entries)
     own = sum(timestep >= last for timestep in levels.timesteps)
+    if convention(one.like).refines_by_steps:
+        own = round(one.handover * one.steps)
     both = (([sd], levels.part(0, own)), ([sd.refiner], levels.part(own)))
     return [(models, part) for models, part in both if len(part.sigmas) > 1]
 
@@ -320,8 +327,7 @@ def _denoise(
     """The network with prompts, guidance and controls; for samplers that take a pair, both estimates."""
     one, steps = each[0], len(levels.sigmas) - 1
     if calls is not None:  # counting all requested steps, run or not
-        twice = 2 if one.sampler in convention(one.like).second_order else 1
-        steps, first_pass = one.steps * twice, None if first_pass is None else first_pass * twice
+        steps = edited_steps(one)
     if sd.unet.config.in_channels == sd.vae.config.latent_channels:
         concat = None  # a refiner after an inpainting model
     planned = {

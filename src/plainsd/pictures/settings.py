@@ -27,6 +27,7 @@ class ControlNote(NamedTuple):
     kinds: tuple[int, ...] = ()  # types of the maps, for a union net
     thresholds: tuple[float, float] | None = None  # canny's; None: the usual ones
     resolution: int | None = None  # of the shorter side, to which the picture is scaled first; None: not at all
+    resize: str = "stretch"  # how the map gets the picture's size, one of MAP_RESIZES
 
 
 class ImagePromptNote(NamedTuple):
@@ -42,6 +43,7 @@ class ImagePromptNote(NamedTuple):
 
 PREPROCESSORS = ("none", "canny")  # what makes control maps: see pictures/preprocess.py
 THRESHOLDS = (100, 200)  # canny's
+MAP_RESIZES = {"stretch": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
 CONTROL_MODES = {"balanced": "Balanced", "prompt": "My prompt is more important",
                  "control": "ControlNet is more important"}  # fmt: skip
 
@@ -73,7 +75,7 @@ class Settings:
     upscaler: str = "latent"  # one of UPSCALERS, or a network by its file's name
     hires_steps: int | None = None  # of the hires pass, all of which run; None: the share `strength` of `steps`
     hires_sampler: str | None = None  # of the hires pass, if different; likewise the following
-    hires_spacing: str | None = None
+    hires_spacing: str | None = None  # AUTOMATIC: that of the pass's sampler, whatever the first pass has
     hires_prompt: str | None = None
     hires_negative: str | None = None
     hires_guidance: float | None = None
@@ -215,6 +217,7 @@ NEEDS = {  # settings without effect, unless another is there too
     "variation_seed": "variation_strength", "apg_parallel": "apg", "apg_momentum": "apg",
 }  # fmt: skip
 RANDOM = -1  # as a seed
+AUTOMATIC = "automatic"  # as hires_spacing
 
 
 # --- seeds and notes -------------------------------------------------------------------------------------------------
@@ -270,6 +273,14 @@ def notes(settings: Settings) -> list[str]:
                     "has no effect"
                 )
     return found
+
+
+def content_notes(settings: Settings) -> list[str]:
+    """Likewise, where something is drawn under a mask."""
+    name, soft = settings.masked_content, settings.soft_mask
+    if name == DEFAULTS["masked_content"] or settings.strength != 1 or soft or settings.like not in (None, "diffusers"):
+        return []
+    return [f"masked content {name} has no effect at strength 1, from pure noise; choose a lower strength"]
 
 
 def as_whole(value: Any) -> Any:

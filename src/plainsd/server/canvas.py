@@ -70,6 +70,7 @@ def init_images_of(request: JobRequest, limits: Limits) -> InitImages | None:
         request.masked_padding,
         request.masked_content or "original",
         request.soft_mask,
+        request.like,
     )
     canvas = canvas_of(image, mask, size, how)
     return InitImages(canvas.image, canvas.hole, canvas.whole, canvas.alpha, canvas.box)

@@ -2,10 +2,11 @@
 
 import base64
 import json
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any, NamedTuple
@@ -15,15 +16,23 @@ from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, parsed_json
 
 TIMEOUT = 60.0  # seconds without data; the server sends a keep-alive every 15
-RETRY_AFTER = 5.0  # seconds, where a full queue does not say
+RETRY_AFTER = 5.0  # seconds, where nothing else is said
+MOST_LOSSES = 12  # of the connection in a row, until a job is left to the server
+GATEWAY_ERRORS = (502, 503, 504)  # of a proxy whose server is away
 
 
 class Busy(UserError):
-    """The server's queue is full; it says for how many seconds."""
+    """The server's queue is full, or it is about to stop; it says for how many seconds."""
 
     def __init__(self, message: str, seconds: float):
         super().__init__(message)
         self.seconds = seconds
+
+
+class Lost(UserError):
+    """The server does not answer, or no longer. Its jobs are not cancelled: they go on when it runs."""
+
+    seconds = RETRY_AFTER
 
 
 class Progress(NamedTuple):
@@ -58,30 +67,37 @@ class Remote:
     def draw(self, **fields: Any) -> Iterator[Progress | Finished]:
         """Submits a job and follows it. Closing the generator cancels the job."""
         id = self.submit(**fields)
-        try:
+        with cancelling(self, [id]):
             yield from self.follow(id)
-        finally:
-            self.cancel(id)
 
     def submit(self, **fields: Any) -> str:
-        """POST /api/jobs. Returns the id. Busy if the queue is full."""
+        """POST /api/jobs. Returns the id. Busy if the queue is full or the server stops."""
         job = self.call("/api/jobs", fields)
         if not isinstance(job, dict) or not isinstance(job.get("id"), str):
             raise UserError(f"{self.url} answered what is not a job; is this a plainsd server?")
         return job["id"]
 
     def follow(self, id: str) -> Iterator[Progress | Finished]:
-        """Progress until the job ends, then its pictures. UserError if it failed or was cancelled."""
-        name = ""
+        """Progress until the job ends, then its pictures. UserError if it failed or was cancelled; Lost where the
+        server does not come back."""
+        name, losses = "", 0
         job: dict[str, Any] = {}
-        for name, job in self.events(id):
-            if name == "progress":
-                rough = {int(index): base64.b64decode(url.partition(",")[2]) for index, url in job["previews"].items()}
-                yield Progress(job["step"], job["steps"], job["progress"], job["position"], rough)
-        if name != "end":
-            raise UserError(
-                f"lost the connection to {self.url}; job {id} resumes when the server runs again; see its gallery"
-            )
+        while True:
+            with suppress(Busy, Lost):
+                for name, job in self.events(id):
+                    losses = 0
+                    if name == "progress":
+                        urls = job["previews"].items()
+                        rough = {int(index): base64.b64decode(url.partition(",")[2]) for index, url in urls}
+                        yield Progress(job["step"], job["steps"], job["progress"], job["position"], rough)
+            if name == "end":
+                break
+            if losses == MOST_LOSSES:
+                raise Lost(
+                    f"lost the connection to {self.url}; job {id} resumes when the server runs again; see its gallery"
+                )
+            losses += 1
+            time.sleep(RETRY_AFTER)
         if job["state"] != "done":
             raise UserError(f"the server's job {id} {job['state']}: {job['error'] or 'it was cancelled'}")
         for picture in job["images"]:
@@ -98,6 +114,8 @@ class Remote:
         name = ""
         with self.open(f"/api/jobs/{id}/events") as stream, suppress(OSError, HTTPException):
             for line in stream:
+                if not line.endswith(b"\n"):
+                    return  # cut off
                 key, _, value = line.rstrip(b"\n").partition(b": ")
                 if key == b"event":
                     name = value.decode("utf-8", "replace")
@@ -118,7 +136,7 @@ class Remote:
             try:
                 return answer.read()
             except (OSError, HTTPException) as error:
-                raise UserError(f"lost the connection to {self.url} ({error!r}); try again") from None
+                raise Lost(f"lost the connection to {self.url} ({error!r}); try again") from None
 
     def open(self, path: str, body: Any = None):
         headers = {"Content-Type": "application/json"} if body is not None else {}
@@ -128,12 +146,26 @@ class Remote:
             return self.opener.open(urllib.request.Request(self.url + path, data, headers), timeout=TIMEOUT)
         except urllib.error.HTTPError as error:
             message = f"{self.url}: {message_of(error)}"
-            if error.code == 429:
-                raise Busy(message, seconds_of(error.headers.get("Retry-After", ""))) from None
-            raise UserError(message) from None
+            again = error.headers.get("Retry-After")
+            if error.code == 429 or (error.code == 503 and again):
+                raise Busy(message, seconds_of(again or "")) from None
+            raise (Lost if error.code in GATEWAY_ERRORS else UserError)(message) from None
         except (OSError, ValueError, HTTPException) as error:
             why = repr(error) if isinstance(error, HTTPException) else getattr(error, "reason", error)
-            raise UserError(f"cannot reach {self.url} ({why}); is `plainsd serve` running there?") from None
+            raise Lost(f"cannot reach {self.url} ({why}); is `plainsd serve` running there?") from None
+
+
+@contextmanager
+def cancelling(remote: Remote, ids: Sequence[str]) -> Iterator[None]:
+    """Where it is left early, cancels these jobs, unless the server was lost."""
+    try:
+        yield
+    except Lost:
+        raise
+    except BaseException:
+        for id in ids:
+            remote.cancel(id)
+        raise
 
 
 def address_parts(url: str) -> SplitResult:

@@ -24,6 +24,7 @@ from plainsd.models.control import ControlNet
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.control_checks import mismatch
+from plainsd.pictures.masks import resized
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import INPAINT, preprocessed
 from plainsd.pictures.settings import PREPROCESSORS, THRESHOLDS
@@ -193,9 +194,12 @@ def controls_of(
     where it is not that of `base`."""
     controls, control_inputs, files = [], [], {}
     size = base.image.size if base is not None else size
+    whole = base.base.size if base is not None and base.base is not None and base.box is not None else size
     for number, unit in enumerate(units):
         with of_unit("controls", units, number):
             map, file = map_of_unit(unit, limits, base, size), None
+            if map is not None and unit.image is not None and unit.cropped and whole is not None:
+                map = cropped(map, whole)
             if map is not None and unit.image is not None and base is not None:
                 map = base.part_of(map)
             if map is not None:
@@ -234,6 +238,12 @@ def map_of_unit(
     if unit.pixel_perfect and size is not None:
         unit.resolution = filling_resolution(given.size, size)
     return map_within(limits, given, unit.preprocess, (unit.low, unit.high), unit.resolution)
+
+
+def cropped(map: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a map, in the shape of a picture of this size: what A1111's extension calls crop and resize."""
+    scale = min(here / there for here, there in zip(map.size, size, strict=True))
+    return resized(map, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), "crop")
 
 
 def filling_resolution(size: tuple[int, int], target: tuple[int, int]) -> int:

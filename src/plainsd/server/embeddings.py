@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from plainsd.adapters.embeddings import add_embedding, fitting, occurs_in, parsed_embedding
+from plainsd.adapters.embeddings import add_embedding, fitting, names_in, not_read, occurs_in, parsed_embedding
 from plainsd.adapters.embeddings import embedding_content as read_content
 from plainsd.errors import UserError, unknown
 from plainsd.models.clip import TextEncoder
@@ -62,11 +62,12 @@ class Embeddings:
         return list(found.values())
 
     def get(self, wanted: str) -> Embedding:
-        """By its word or file name."""
+        """By its word or, where none has that word, by its file name."""
         known = self.known()
+        called = [*((one.text, one) for one in known), *((one.name, one) for one in known)]
         for same in (str, str.lower):  # A1111's texts have the case of the file's name
-            for embedding in known:
-                if same(wanted) in (same(embedding.text), same(embedding.name)):
+            for name, embedding in called:
+                if same(wanted) == same(name):
                     return embedding
         if wanted in self.unusable:
             what = f"embeddings: {wanted!r} cannot be used: {self.unusable[wanted]}"
@@ -108,8 +109,10 @@ def content_of(path: Path) -> tuple[str | None, dict[str, Tensor]]:
     """The word, if the file has it, and the shapes of its vectors. UserError if it is not an embedding."""
     if (size := path.stat().st_size) > MAX_FILE_BYTES:
         raise UserError(f"{path} has {size} bytes, an embedding at most {MAX_FILE_BYTES}; it is not an embedding")
-    name, found = parsed_embedding(read_content(path, shapes_only=True))
-    if not found or not all(one.ndim in (1, 2) and one.numel() for one in found.values()):
+    name, found = parsed_embedding(content := read_content(path, shapes_only=True))
+    if not found:
+        raise not_read(path, names_in(content))
+    if not all(one.ndim in (1, 2) and one.numel() for one in found.values()):
         raise UserError(f"{path} has no vectors of an embedding; it is not an embedding")
     text = path.stem if name is None else name
     if text.strip() != text or text == "" or not text.isprintable() or "," in text:  # a comma parts them

@@ -36,16 +36,22 @@ def named_files(
     folder: Path | None,
     suffixes: tuple[str, ...] = (".safetensors",),
     unreadable: Callable[[OSError], None] | None = None,
+    saved_as: tuple[str, ...] = (),
 ) -> dict[str, Path]:
-    """Files with these suffixes by stem, or by path below the folder if a stem occurs twice. `unreadable` is called
-    with folders that cannot be read, `folder` itself included; without it they are skipped."""
+    """Files with these suffixes by stem, or by path below the folder if a stem occurs twice. One that is called as in
+    `saved_as` takes the name of the folder that it was saved in, if nothing else has it. `unreadable` is called with
+    folders that cannot be read, `folder` itself included; without it they are skipped."""
     if folder is None:
         return {}
     below = files_below(folder, unreadable=unreadable)
     paths = [path for path in below if suffix_of(path) in suffixes and path.is_file()]
-    stems = Counter(path.stem for path in paths)
-    places = [path.relative_to(folder).with_suffix("").as_posix() for path in paths]
-    return {path.stem if stems[path.stem] == 1 else place: path for path, place in zip(paths, places, strict=True)}
+    own = [path.relative_to(folder).with_suffix("") for path in paths]
+    saved = [at.parent if path.name in saved_as and at.parent.name else at for path, at in zip(paths, own, strict=True)]
+    taken = Counter(saved)
+    places = [place if taken[place] == 1 else at for place, at in zip(saved, own, strict=True)]
+    count = Counter(place.name for place in places)
+    named = [place.name if count[place.name] == 1 else place.as_posix() for place in places]
+    return dict(zip(named, paths, strict=True))
 
 
 def changed_at(path: Path) -> int:
@@ -67,6 +73,7 @@ def readable_files(
     folder: Path | None,
     unusable: dict[str, str],
     suffixes: tuple[str, ...] = (".safetensors",),
+    saved_as: tuple[str, ...] = (),
 ) -> dict[str, tuple[Path, Content]]:
     """The result of `read` for each file of a folder, by name; failures are added to `unusable`, with the reason."""
     found: dict[str, tuple[Path, Content]] = {}
@@ -77,7 +84,7 @@ def readable_files(
         name = folder.name if place == folder else place.relative_to(folder).as_posix()
         unusable[printable_name(name)] = f"the folder cannot be read ({error.strerror}); make it readable"
 
-    for name, path in named_files(folder, suffixes, unreadable).items():
+    for name, path in named_files(folder, suffixes, unreadable, saved_as).items():
         content, why = read_cached(read, path, changed_at(path))
         if not content:
             unusable[printable_name(name)] = why.replace(str(path), name)

@@ -1,4 +1,5 @@
-"""The LoRAs of the server's folder, by their names in a `<lora:name:1>` tag: the files' names, or the trainers'."""
+"""The LoRAs of the server's folder, by their names in a `<lora:name:1>` tag: those of the files, or of the folders that
+diffusers and PEFT save, or the trainers'."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from plainsd.adapters.embeddings import bundled
 from plainsd.adapters.lora import check_strengths
-from plainsd.adapters.reading import open_lora, tensors_by_module
+from plainsd.adapters.reading import LORA_FILES, open_lora, tensors_by_module
 from plainsd.errors import WITH_CHOICES, UserError, unknown
 from plainsd.pictures.model import StableDiffusion
 from plainsd.server.folders import readable_files
@@ -32,12 +33,12 @@ class Loras:
         found = self.scanned()
         count = Counter(alias for _, alias in found.values())
         clear = {alias for alias in count if count[alias] == 1 and alias not in found and can_be_written(alias)}
-        return {name: alias if alias in clear else name for name, (_, alias) in found.items()}
+        return {name: alias if alias in clear and alias != path.stem else name for name, (path, alias) in found.items()}
 
     def scanned(self) -> dict[str, tuple[Path, str]]:
         """The files by name, with their trainers' names for them."""
         unusable: dict[str, str] = {}
-        files = readable_files(alias_of_adapter, self.folder, unusable)
+        files = readable_files(alias_of_adapter, self.folder, unusable, saved_as=LORA_FILES)
         unwritten = [name for name in files if not can_be_written(name)]
         unusable |= dict.fromkeys(unwritten, "its name cannot be written in a prompt; rename it")
         self.unusable = unusable

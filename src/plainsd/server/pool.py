@@ -18,7 +18,7 @@ from plainsd.adapters.lora import add_lora, attached
 from plainsd.adapters.names import adaptable_networks
 from plainsd.adapters.reading import open_lora
 from plainsd.allocator import release_freed_memory
-from plainsd.checkpoint import load, load_vae
+from plainsd.checkpoint import load
 from plainsd.device import choose_device, choose_dtype
 from plainsd.errors import UserError, unknown
 from plainsd.files.convert import read
@@ -29,10 +29,9 @@ from plainsd.files.stored import empties
 from plainsd.files.tokenizers import tokenizers
 from plainsd.json_reader import parsed_json
 from plainsd.models.forms import make_plain
-from plainsd.models.tiny_vae import AnyVAE
 from plainsd.pictures.defaults import check_refiner, model_name
 from plainsd.pictures.model import StableDiffusion, assemble
-from plainsd.pictures.previews import Previewer, previewer
+from plainsd.pictures.previews import Previewer
 from plainsd.pictures.settings import UPSCALERS, Settings
 from plainsd.server.controls import ControlNets
 from plainsd.server.embeddings import Embedding, Embeddings, with_embeddings, with_own_words
@@ -40,6 +39,7 @@ from plainsd.server.errors import APIError
 from plainsd.server.folders import changed_at, changed_below
 from plainsd.server.image_prompts import ImageAdapters
 from plainsd.server.loras import Loras, NamedLoras
+from plainsd.server.previews import check_preview_vae, previewer_of
 from plainsd.server.prompt_templates import PromptTemplates
 from plainsd.server.upscalers import Upscalers
 from plainsd.speed.model import faster
@@ -97,9 +97,11 @@ class ServedModel:
     bare: StableDiffusion  # without weights: enough to check a request
     bytes: int  # in memory
     noise: dict[str, Any]  # arguments for `load`: what its network predicts, where the file does not say
+    changed: int  # when its files were, as of all this
+    readable: bool = True  # the last time that they were found changed
     hashes: Hashes = ()  # of its weights and the autoencoder that all models get, as they were when loaded
     sd: StableDiffusion | None = None
-    changed: int = 0  # when its files were, as of loading
+    loaded: int = 0  # `changed`, as of loading
     preview: Previewer | None = None
     loras: tuple[tuple[Path, LoraTag, int], ...] | None = None  # those on it, and when their files were changed
     adapted: StableDiffusion | None = None  # the model with them: itself, or a copy with words that they bring along
@@ -143,10 +145,14 @@ class Models:
                 raise UserError(f"two models are called {model.name!r}; rename the folder or file of one")
             self.known[model.name] = model
         self.default = next(iter(self.known))
+        if options.preview_vae is not None:
+            vaes = {name: model.bare.variant.vae for name, model in self.known.items()}
+            check_preview_vae(options.preview_vae, vaes)
 
     def described(self, source: str | None) -> ServedModel:
         """Inspects a model without reading its weights."""
         path = find(source)
+        changed = self.changed(path)
         contents = read(path, vae=self.options.vae, **self.options.noise, ask=False)
         certain, contents = contents.certain, asked(contents, path)
         variant = contents.variant
@@ -154,9 +160,24 @@ class Models:
         bare = assemble(variant, networks, tokenizers(contents, path) if self.embeddings.folder else [], path)
         numbers = sum(prod(tensor.shape) for network in networks.values() for tensor in network.state_dict().values())
         noise = self.options.noise if certain else self.options.noise | {"prediction": variant.prediction}
-        return ServedModel(
-            model_name(bare), source, bare, numbers * self.dtype.itemsize, noise, example_prompts=example_prompts(path)
-        )
+        size, ideas = numbers * self.dtype.itemsize, example_prompts(path)
+        return ServedModel(model_name(bare), source, bare, size, noise, changed, example_prompts=ideas)
+
+    def refresh(self, model: ServedModel) -> None:
+        """Describes a model anew if its files were changed. It stays as it is while they are gone or cannot be read,
+        as those that are still being copied."""
+        with self.lock:
+            if self.changed(model.bare.path) in (0, model.changed):
+                return
+            try:
+                new = self.described(model.source)
+            except (UserError, OSError) as error:
+                if model.readable:
+                    log.warning("model %s was changed on disk and cannot be read (%s); trying again", model.name, error)
+                model.readable = False
+                return
+            model.bare, model.bytes, model.noise, model.changed = new.bare, new.bytes, new.noise, new.changed
+            model.readable = True
 
     def __getitem__(self, name: str | None) -> ServedModel:
         """By name; None is the default. APIError 404 if unknown."""
@@ -181,7 +202,7 @@ class Models:
         return model, sd
 
     def hashes(self, model: ServedModel, one: Settings) -> Hashes:
-        """Of the files that have just drawn a picture of these settings."""
+        """Of the files that draw a picture of these settings."""
         embeddings = {embedding.text: embedding.path for embedding in map(self.embeddings.get, one.embeddings)}
         files = [(lora.name, path) for path, lora, _ in model.loras or ()]
         adapters = hashes(None, loras=files, words=embeddings.items())
@@ -198,19 +219,18 @@ class Models:
             )
         model = self.known[name]
         model.used = time.monotonic()
-        if model.sd is not None and (now := self.changed(model.sd.path)) and now != model.changed:
+        self.refresh(model)
+        if model.sd is not None and model.loaded != model.changed:
             log.info("model %s was changed on disk and is loaded again", name)
             self.unload(model)
-            fresh = self.described(model.source)
-            model.bare, model.bytes, model.noise = fresh.bare, fresh.bytes, fresh.noise
         if model.sd is None:
+            changed = model.changed
             while self.bytes() + model.bytes > self.budget and (oldest := self.least_recently_used(beside)) is not None:
                 self.unload(oldest)
-            changed = self.changed(find(model.source))
             sd = load(model.source, device=self.device, dtype=self.dtype, vae=self.options.vae, **model.noise)
-            preview, known = previewer(sd, self.tiny_vae(sd)), hashes(sd.path, self.options.vae)
+            preview, known = previewer_of(sd, self.options.preview_vae), hashes(sd.path, self.options.vae)
             with self.lock:
-                model.sd, model.preview, model.loras, model.hashes, model.changed = sd, preview, None, known, changed
+                model.sd, model.preview, model.loras, model.hashes, model.loaded = sd, preview, None, known, changed
                 self.loads += 1
         files = [(self.loras.path(one.name), one) for one in loras]
         wanted = tuple((path, one, changed_at(path)) for path, one in files)
@@ -239,12 +259,6 @@ class Models:
             faster(adapted)
         release_freed_memory()  # what loading and packing took and need no more
         model.loras, model.adapted = tuple(loras), adapted
-
-    def tiny_vae(self, sd: StableDiffusion) -> AnyVAE | None:
-        """TAESD for previews, if configured."""
-        if self.options.preview_vae is None:
-            return None
-        return load_vae(self.options.preview_vae, device=self.device, dtype=sd.dtype, like=sd.vae.config)
 
     # --- refiners ----------------------------------------------------------------------------------------------------
 

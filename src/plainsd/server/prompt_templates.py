@@ -7,9 +7,14 @@ from pathlib import Path
 
 from plainsd.errors import UserError
 from plainsd.server.folders import changed_at, read_cached
-from plainsd.text.styles import Style, read_styles, styled
+from plainsd.server.prompt_checks import prompts_in
+from plainsd.server.schema import JobRequest
+from plainsd.text.styles import Style, read_styles, styled, without_style_loras
 from plainsd.text.wildcard_files import Wildcards
 from plainsd.text.wildcards import settled
+
+PROMPT_PAIRS = (("prompt", "negative"), ("hires_prompt", "hires_negative"))
+HELD = "\0"  # in no prompt: stands for each character of one that is settled already
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,34 @@ class PromptTemplates:
         if why:
             raise UserError(f"styles cannot be used: {why}", field="styles", value=names[0])
         return styled(prompt, negative, names, styles)
+
+
+def texts_of(request: JobRequest, templates: PromptTemplates) -> dict[str, str]:
+    """The prompts by their fields, those of the second pass too if it has its own, with styles applied (as in A1111).
+    LoRAs of the styles are the first pass's, and act in both. Prompts that are settled already are HELD back."""
+    texts = prompts_in(request)
+    texts |= {name: HELD * len(texts[name]) for name in request.settled if name in texts}
+    for names in PROMPT_PAIRS:
+        own = [texts.get(name, "") for name in names]
+        styled = templates.styled(own[0], own[1], request.styles)
+        for name, text, before in zip(names, styled, own, strict=True):
+            if name in texts:
+                texts[name] = without_style_loras(text, before) if name.startswith("hires_") else text
+    return texts
+
+
+def settled_texts(
+    request: JobRequest, texts: dict[str, str], seeds: list[int], wildcards: Wildcards | None
+) -> list[dict[str, str]]:
+    """Those of each picture: with its choices made by its seed, unless there are no `wildcards`, and with what was held
+    back."""
+    own = prompts_in(request)
+
+    def text(name: str, seed: int) -> str:
+        found = texts[name] if wildcards is None else settled_field(name, texts[name], seed, wildcards)
+        return found.replace(HELD * len(own[name]), own[name]) if name in request.settled else found
+
+    return [{name: text(name, seed) for name in texts} for seed in seeds]
 
 
 def settled_field(name: str, text: str, seed: int, wildcards: Wildcards) -> str:

@@ -22,6 +22,7 @@ from plainsd.pictures.settings import (
     Resolved,
     Settings,
     check_needs,
+    content_notes,
     drawn_seed,
     notes,
     read_seed,
@@ -38,18 +39,16 @@ from plainsd.server.limits import Limits
 from plainsd.server.loras import NamedLoras
 from plainsd.server.pool import Models
 from plainsd.server.prompt_checks import check_prompt_sizes, check_prompts, prompts_in
-from plainsd.server.prompt_templates import PromptTemplates, settled_field
+from plainsd.server.prompt_templates import settled_texts, texts_of
 from plainsd.server.schema import Axis, JobRequest
 from plainsd.server.sheets import check_sheet, sheet_of
 from plainsd.server.uploads import check_pixels, without_tags
 from plainsd.text.prompts import LoraTag
-from plainsd.text.styles import without_style_loras
 from plainsd.text.wildcard_files import Wildcards
 
 NOT_IN_GRIDS = ("size", "interval", "model", "upscaler", "refiner", "embeddings", "outpaint", "like", "hires_prompt",
                 "hires_negative", "seed_resize", "batch_index", "batch_size", *MASK_OPTIONS)  # fmt: skip
 OF_SECOND_PASS = [name for name in JobRequest.model_fields if name.startswith("hires_")]
-PROMPT_PAIRS = (("prompt", "negative"), ("hires_prompt", "hires_negative"))
 CANVAS_OPTIONS = tuple(name for name in MASK_OPTIONS if name != "soft_mask")  # applied when the canvas was made
 UNIT_FIELDS = {
     "control": "controls",
@@ -193,6 +192,8 @@ def new_job(
 ) -> Job:
     """A fully checked job, not yet queued. APIError if anything is wrong."""
     model = models[request.model]
+    for name in {model.name, request.refiner or model.name} & models.known.keys():
+        models.refresh(models.known[name])
     check_limits(request, limits)
     random_seeds = [
         name for name in SEEDS if getattr(request, name) == RANDOM or (name == "seed" and request.seed is None)
@@ -219,7 +220,7 @@ def new_job(
         check_prompt_sizes(texts, limits)
         wildcards = Wildcards(models.templates.wildcards) if resolve_choices else None
         for cell in cells(request):
-            each = settled_texts(texts, seeds_of(request, cell), wildcards)
+            each = settled_texts(request, texts, seeds_of(request, cell), wildcards)
             prompts, shared = without_loras([one["prompt"] for one in each], shared)
             found = resolved_settings(
                 bare, request, init, control, image_prompt, prompts, [one["negative"] for one in each], **cell
@@ -234,6 +235,7 @@ def new_job(
         embeddings = tuple(embedding.text for embedding in models.embeddings.used(bare, request.embeddings, whole))
         settings = [replace(one, embeddings=embeddings) for one in settings]
         messages = [note for cell in cells(request) for note in notes(Settings(**note_settings(request, cell)))]
+        messages += [note for one in settings for note in content_notes(one)]
         messages += scaled_maps(control, settings[0].size)
         check_clip_skip(bare, settings)
         check_work(settings, limits, size_multiple(bare.variant.vae))
@@ -258,26 +260,6 @@ def new_job(
         path_prefix=new_path_prefix(settings[0].prompt, id, created),
         source=source, inputs=inputs, sheet=sheet, notes=list(dict.fromkeys(messages)),
     )  # fmt: skip
-
-
-def texts_of(request: JobRequest, templates: PromptTemplates) -> dict[str, str]:
-    """The prompts by their fields, those of the second pass too if it has its own, with styles applied (as in A1111).
-    LoRAs of the styles are the first pass's, and act in both."""
-    texts = prompts_in(request)
-    for names in PROMPT_PAIRS:
-        own = [texts.get(name, "") for name in names]
-        styled = templates.styled(own[0], own[1], request.styles)
-        for name, text, before in zip(names, styled, own, strict=True):
-            if name in texts:
-                texts[name] = without_style_loras(text, before) if name.startswith("hires_") else text
-    return texts
-
-
-def settled_texts(texts: dict[str, str], seeds: list[int], wildcards: Wildcards | None) -> list[dict[str, str]]:
-    """Those of each picture: with its choices made by its seed, unless there are no `wildcards`."""
-    if wildcards is None:
-        return [texts] * len(seeds)
-    return [{name: settled_field(name, text, seed, wildcards) for name, text in texts.items()} for seed in seeds]
 
 
 def of_second_pass(texts: dict[str, str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from plainsd.server.jobs.job import GRID_SIDES
 from plainsd.server.jobs.pictures import Picture, json_seed, with_lora_tags
 from plainsd.server.limits import Limits
 from plainsd.server.pool import Models
+from plainsd.server.prompt_checks import prompts_in
 from plainsd.server.schema import JobRequest
 from plainsd.server.uploads import NamedBytes, opened, without_tags
 from plainsd.text.prompts import LoraTag
@@ -28,7 +29,7 @@ def picture_as_json(row: Picture) -> dict[str, Any]:
     """A picture of the history as JSON, with the settings that reproduce it."""
     settings = row.settings
     fields = {name: value for name, value in vars(settings).items() if name in REQUEST_FIELDS}
-    fields |= exact_seeds(settings) | {"spacing": settings.spacing or None}
+    fields |= exact_seeds(settings) | {"spacing": settings.spacing or None, "settled": [*prompts_in(settings)]}
     if grid := grid_in(settings):
         fields = {name: value for name, value in fields.items() if name not in {one["name"] for one in grid}}
         fields["grid"] = grid
@@ -106,6 +107,7 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
     return {
         "prompt": prompt,
         **fields,
+        "settled": [*prompts_in(settings)],
         "loras": loras_as_json(loras),
         **({"controls": controls_as_json(settings.control)} if settings.control else {}),
         **({"image_prompts": image_prompts_as_json(settings.image_prompt)} if settings.image_prompt else {}),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr
 
@@ -91,6 +91,7 @@ class ControlRequest(UnitRequest, Preprocessing):
     mode: Name = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
     _pixel_perfect: bool = PrivateAttr(False)
+    _cropped: bool = PrivateAttr(False)
 
     @property
     def pixel_perfect(self) -> bool:
@@ -100,6 +101,15 @@ class ControlRequest(UnitRequest, Preprocessing):
     @pixel_perfect.setter
     def pixel_perfect(self, is_it: bool) -> None:
         self._pixel_perfect = is_it
+
+    @property
+    def cropped(self) -> bool:
+        """Likewise: a map of another shape than the picture is cropped, not stretched."""
+        return self._cropped
+
+    @cropped.setter
+    def cropped(self, is_it: bool) -> None:
+        self._cropped = is_it
 
 
 class ImagePromptRequest(UnitRequest):
@@ -129,6 +139,11 @@ class JobRequest(BaseModel):
         "", description="the prompt; {red|blue} and __wildcards__ are resolved for each picture by its seed"
     )
     negative: Text = Field("", description="negative prompt")
+    settled: list[Literal["prompt", "negative", "hires_prompt", "hires_negative"]] = Field(
+        [],
+        max_length=4,
+        description="prompts whose choices are made already, such as a picture's: they stay as they are",
+    )
     styles: list[Name] = Field([], max_length=32, description="names of styles to apply to prompt and negative prompt")
     model: Name | None = Field(None, description="one of GET /api/models")
     size: tuple[int, int] | None = Field(

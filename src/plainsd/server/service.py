@@ -77,6 +77,7 @@ class Service:
             store.close()
             raise
         workers = [Worker(queue, one, store, limits, options, batch) for one in made]
+        queue.workers = len(workers)
         return cls(models, store, queue, workers, limits)
 
     @property
@@ -117,7 +118,10 @@ class Service:
             if worker.is_alive():
                 worker.join(max(0.0, end - time.monotonic()))
             worker.drawer.close()
-        self.store.requeue_running()
+        try:
+            self.store.requeue_running()
+        except sqlite3.Error as error:  # the next start does it
+            log.error("cannot write to the data folder (%s); a job that was drawn counts as interrupted", error)
         self.closing.set()
         self.store.close()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from plainsd import __version__
 from plainsd.errors import UserError
-from plainsd.pictures.settings import DEFAULTS, Settings, noise_of
+from plainsd.pictures.settings import AUTOMATIC, DEFAULTS, Settings, noise_of
 from plainsd.pictures.texts.controls import controls_read, controls_written
 from plainsd.pictures.texts.dialects import as_a1111, written_by
 from plainsd.pictures.texts.entries import check_length, entries, quote
@@ -140,12 +140,14 @@ def parse_settings(text: str) -> Settings:
 def _names_read(said: dict[str, str], of: str = "", *, old: bool = False) -> tuple[str | None, str | None]:
     """ "DPM++ 2M Karras", or "DPM++ 2M" beside "Schedule type: Karras" -> our two names. A stranger's name stays."""
     sampler, spacing = both_named(said.pop(_key_of(of, "sampler"), ""))
-    schedule = said.pop(_key_of(of, "schedule type"), "Automatic")
+    schedule = said.pop(_key_of(of, "schedule type"), "Use same scheduler" if of else "Automatic")
     own = said.pop(_key_of(of, "spacing"), None)
     if old and schedule in BEFORE_0_2:
         own = BEFORE_0_2[schedule]
     spacing = spacing or spacing_named(schedule)
-    if own is None and spacing is None and re.fullmatch(r"[a-z]\w*", schedule):
+    if of and own is None and spacing is None and schedule.lower() == AUTOMATIC:
+        own = AUTOMATIC  # of the second pass, where nothing is that of the first
+    elif own is None and spacing is None and re.fullmatch(r"[a-z]\w*", schedule):
         own = schedule  # one that is registered here, and that A1111 has no label for
     elif spacing is None and schedule.lower() not in ("automatic", "use same scheduler"):
         said[_key_of(of, "schedule type")] = schedule

@@ -36,6 +36,8 @@ OTHER_FAMILIES = re.compile(
     "Video|Audio|SVD|SD3|Flux|Hunyuan|3D|Zero123|Wan|Mochi|Cosmos|LTX|HiDream|Lumina|AuraFlow|Qwen|DiT"
 )
 NETWORK = "ImageUpscaleWithModel"
+FACTOR = re.compile(r"(?<!\d)([1-8])[xX](?!\d)|(?<![a-z\d])[xX]([1-8])(?!\d)")  # in a network's name
+WITH_NOISE = re.compile(r"_a(_|$)|sde|ddpm|lcm|sa_solver")  # samplers that add noise
 PASSED_BY = "ComfyUI nodes"  # the key of those that have no meaning here
 MOST_ENDS = 20  # nodes that save, or samplers, from which the way back is followed
 ENLARGING = ("LatentUpscale", "LatentUpscaleBy", "ImageScale", "ImageScaleBy")
@@ -135,7 +137,9 @@ class Workflow:
     def source(self, stage: SamplerPass, way: list[Node]) -> dict[str, Any]:
         """The size of a picture from nothing; how far one goes from another picture."""
         origin = way[-1] if way else None
+        self.drop(way, *ENLARGING, NETWORK)
         if origin is not None and origin.kind == "EmptyLatentImage":
+            self.drop(way, *MASKING)
             width, height, batch = (
                 self.reader.value(origin, name, int, 1) for name in ("width", "height", "batch_size")
             )
@@ -144,10 +148,9 @@ class Workflow:
             return {"size": (width, height), "batch_size": max(1, batch)}
         if origin is not None and origin.kind in SOURCES and isinstance(origin.inputs.get("image"), str):
             self.other.append(("Image", stem(origin.inputs["image"])[:200]))
-        for one in way:
-            if one.kind in ENLARGING:
-                self.reader.idle[one.kind] = None
         said: dict[str, Any] = {"masked": True} if any(one.kind in MASKING for one in way) else {}
+        if any(one.kind == "VAEEncodeForInpaint" for one in way):
+            self.reader.idle["VAEEncodeForInpaint's grey under the mask and grow_mask_by"] = None
         if stage.first and stage.steps:
             running = max(1, stage.steps - stage.first)
             return said | {"steps": running, "strength": share(running, stage.steps)}
@@ -155,14 +158,19 @@ class Workflow:
 
     def second(self, first: SamplerPass, last: SamplerPass, between: list[Node]) -> dict[str, Any]:
         """A second pass: it goes on where the first ended, or draws over what was enlarged."""
+        self.drop(between, *MASKING)
         if last.first and not last.noisy:
+            self.drop(between, *ENLARGING, NETWORK)
             self.continued(first, last)
             if not first.steps or last.model.get("model") == first.model.get("model"):
                 return {}
             refiner = last.model.get("model")
-            return {"refiner": refiner, "handover": last.first / first.steps if refiner else None}
+            handover = (last.first - first.first) / max(1, first.steps - first.first)
+            return {"refiner": refiner, "handover": handover if refiner else None}
+        if first.last is not None:
+            self.reader.idle[f"the end at step {first.last} of {first.steps}"] = None
         changes = {
-            "hires": 1.0, "strength": last.denoise, "hires_steps": last.steps,
+            "strength": last.denoise, "hires_steps": last.steps,
             "hires_sampler": last.sampler if last.sampler != first.sampler else None,
             "hires_spacing": last.spacing if last.spacing != first.spacing else None,
             "hires_prompt": last.texts.prompt if last.texts.prompt != first.texts.prompt else None,
@@ -179,14 +187,12 @@ class Workflow:
                                   ("clip skip", last.texts.clip.skip, first.texts.clip.skip)):  # fmt: skip
             if ours != theirs:
                 self.reader.idle[f"another {key} of the second sampler"] = None
-        for one in between:
-            if one.kind in ENLARGING:
-                changes |= self.enlarged(one, first)
-        network = next((one for one in between if one.kind == NETWORK), None)
-        loader = self.reader.next(network, "upscale_model") if network else None
-        if loader is not None and loader.kind == "UpscaleModelLoader":
-            changes["upscaler"] = stem(self.reader.value(loader, "model_name", str))
-        return changes
+        return changes | self.enlarged(first, between)
+
+    def drop(self, nodes: list[Node], *kinds: str) -> None:
+        for one in nodes:
+            if one.kind in kinds:
+                self.reader.pass_by(one)
 
     def continued(self, first: SamplerPass, last: SamplerPass) -> None:
         """Names what a pass that goes on where the first ended has of its own, which has no place here."""
@@ -197,29 +203,55 @@ class Workflow:
                                   ("LoRAs", last.loras, first.loras)):  # fmt: skip
             if ours != theirs:
                 self.reader.idle[f"another {key} of the second sampler"] = None
+        if WITH_NOISE.search(last.sampler or ""):
+            self.reader.idle[f"seed {last.seed} of the second sampler"] = None
         if first.last != last.first:
             self.reader.idle[f"steps from {first.last or first.steps} to {last.first} that no sampler runs"] = None
 
-    def enlarged(self, node: Node, first: SamplerPass) -> dict[str, Any]:
-        """How, and how many times. Of a picture that a network enlarged, only its size counts."""
-        method = node.inputs.get("upscale_method")
-        upscaler = (
-            LATENT.get(str(method)) if node.kind.startswith("Latent") else {"lanczos": "lanczos"}.get(str(method))
-        )
+    def enlarged(self, first: SamplerPass, between: list[Node]) -> dict[str, Any]:
+        """How, and how many times. Of a picture that a network enlarged, other nodes only set the size."""
+        times, method, network = 1.0, None, None
+        for one in reversed(between):
+            if one.kind == NETWORK:
+                network = self.network(one)
+                factor = FACTOR.search(network or "")
+                times *= int(factor[1] or factor[2]) if factor else math.nan
+            elif one.kind in ENLARGING:
+                method = self.method(one)
+                times = self.times(one, times, first)
+        if math.isnan(times):
+            self.reader.idle[f"{NETWORK}'s factor"] = None
+            times = 1.0
+        upscaler = network or method
+        return {"hires": times} | ({"upscaler": upscaler} if upscaler else {})
+
+    def network(self, node: Node) -> str | None:
+        loader = self.reader.next(node, "upscale_model")
+        if loader is None or loader.kind != "UpscaleModelLoader":
+            self.reader.pass_by(node)
+            return None
+        return stem(self.reader.value(loader, "model_name", str))
+
+    def method(self, node: Node) -> str:
+        method, latent = str(node.inputs.get("upscale_method")), node.kind.startswith("Latent")
+        upscaler = LATENT.get(method) if latent else {"lanczos": "lanczos"}.get(method)
         if upscaler is None:
-            self.reader.idle[f"{node.kind} by {str(method)[:30]}"] = None
-            upscaler = "latent" if node.kind.startswith("Latent") else "lanczos"
+            self.reader.idle[f"{node.kind} by {method[:30]}"] = None
+        return upscaler or ("latent" if latent else "lanczos")
+
+    def times(self, node: Node, before: float, first: SamplerPass) -> float:
+        """How many times as large as the first pass, after this node."""
         if node.kind.endswith("By"):
-            return {"hires": self.reader.value(node, "scale_by", float), "upscaler": upscaler}
+            return before * self.reader.value(node, "scale_by", float)
         width, height = (self.reader.value(node, name, int) for name in ("width", "height"))
         way = self.way(first.latent)
         if way and way[-1].kind == "EmptyLatentImage":
             sides = [self.reader.value(way[-1], name, int) for name in ("width", "height")]
             ratios = {to / side for to, side in zip((width, height), sides, strict=True) if to and side > 0}
             if len(ratios) == 1:
-                return {"hires": ratios.pop(), "upscaler": upscaler}
+                return ratios.pop()
         self.other.append(("Hires resize", f"{width}x{height}"))
-        return {"upscaler": upscaler}
+        return 1.0
 
 
 def drawn_size(said: dict[str, Any]) -> tuple[int, int] | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from plainsd.errors import UserError
 from plainsd.pictures.texts.comfyui_graph import Node
-from plainsd.pictures.texts.comfyui_prompts import PassTexts, texts_of_pass
+from plainsd.pictures.texts.comfyui_prompts import PassTexts, note_other, texts_of_pass
 from plainsd.pictures.texts.comfyui_walk import MODELS, GraphWalk, stem
 from plainsd.pictures.texts.labels import sampler_named, spacing_named
 from plainsd.text.prompts import LoraTag
@@ -16,6 +16,7 @@ SAMPLING = ("KSampler", "KSamplerAdvanced", "SamplerCustom", "SamplerCustomAdvan
 SAMPLER_NODES = {"SamplerEulerAncestral": "euler_a", "SamplerDPMPP_SDE": "dpmpp_sde",
                  "SamplerDPMPP_2S_Ancestral": "dpmpp_2s_a", "SamplerDPMPP_2M_SDE": "dpmpp_2m_sde",
                  "SamplerDPMPP_3M_SDE": "dpmpp_3m_sde"}  # fmt: skip
+NOISE_OPTIONS = {"s_noise": 1.0, "r": 0.5}  # of these, as they are drawn here
 SCHEDULER_NODES = {"KarrasScheduler": "karras", "ExponentialScheduler": "exponential",
                    "PolyexponentialScheduler": "polyexponential", "BetaSamplingScheduler": "beta"}  # fmt: skip
 OWN_SCHEDULES = {
@@ -114,6 +115,8 @@ class GraphReader(GraphWalk):
             return self._names(stage, self.value(node, "sampler_name", str), None)
         stage.sampler = SAMPLER_NODES[node.kind]
         stage.eta = self.value(node, "eta", float, 1.0)
+        for name, ours in NOISE_OPTIONS.items():
+            note_other(self, node, name, ours)
         if node.kind == "SamplerDPMPP_2M_SDE" and node.inputs.get("solver_type") == "heun":
             stage.sampler = "dpmpp_2m_sde_heun"
 

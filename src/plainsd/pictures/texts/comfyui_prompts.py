@@ -126,11 +126,16 @@ def note_sizes(walk: GraphWalk, texts: PassTexts, size: tuple[int, int] | None) 
              "target_height": height}  # fmt: skip
     for node, side in texts.nodes:
         for name, ours in (drawn | {"ascore": SCORES[side]}).items():
-            if node.kind in (XL_TEXT, REFINER_TEXT) and name in node.inputs:
-                theirs = number_in(walk, node, name)
-                if theirs is None or theirs != ours:
-                    said = "" if theirs is None else f" {plain_number(theirs)}"
-                    walk.idle[f"{node.kind}'s {name}{said}"] = None
+            if node.kind in (XL_TEXT, REFINER_TEXT):
+                note_other(walk, node, name, ours)
+
+
+def note_other(walk: GraphWalk, node: Node, name: str, ours: float | None) -> None:
+    """Names an input whose value is there, and not ours."""
+    theirs = number_in(walk, node, name)
+    if name in node.inputs and (theirs is None or theirs != ours):
+        said = "" if theirs is None else f" {plain_number(theirs)}"
+        walk.idle[f"{node.kind}'s {name}{said}"] = None
 
 
 def number_in(walk: GraphWalk, node: Node, name: str) -> float | None:

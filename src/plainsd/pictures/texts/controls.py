@@ -13,11 +13,21 @@ import re
 from collections.abc import Mapping
 
 from plainsd.errors import UserError
-from plainsd.pictures.settings import CONTROL_MODES, PREPROCESSORS, THRESHOLDS, ControlNote, ImagePromptNote
+from plainsd.pictures.settings import (
+    CONTROL_MODES,
+    MAP_RESIZES,
+    PREPROCESSORS,
+    THRESHOLDS,
+    ControlNote,
+    ImagePromptNote,
+)
 
 THRESHOLD_KEYS = ("Threshold A", "Threshold B")
 UNIT_KEY = re.compile(r"ControlNet \d{1,3}")
 MODES = {label: name for name, label in CONTROL_MODES.items()}
+RESIZES = {label: name for name, label in MAP_RESIZES.items()} | {
+    "Scale to Fit (Inner Fit)": "crop", "Envelope (Outer Fit)": "fill",  # of early 2023
+}  # fmt: skip
 IMAGE_MODULES = ("ip-adapter-auto", "ip-adapter_clip_sd15", "ip-adapter_clip_h", "ip-adapter_clip_sdxl",
                  "ip-adapter_clip_g", "ip-adapter_clip_sdxl_plus_vith")  # fmt: skip
 INPAINT_MODULES = ("inpaint_only", "inpaint", "inpaint_global_harmonious")  # the first is written: ours, under a mask
@@ -37,6 +47,7 @@ def unit_text(note: ControlNote) -> str:
     if note.thresholds:
         more |= dict(zip(THRESHOLD_KEYS, map(float, note.thresholds), strict=True))
     more |= {"Processor Res": note.resolution} if note.resolution else {}
+    more |= {"Resize Mode": MAP_RESIZES[note.resize]}
     return pairs_text(INPAINT_MODULES[0] if note.module == INPAINT_MODULES[1] else note.module, note, note.mode, more)
 
 
@@ -51,7 +62,7 @@ def pairs_text(module: str, note: ControlNote | ImagePromptNote, mode: str, more
         "Module": module,
         "Model": note.model,
         "Weight": note.weight,
-        "Resize Mode": "Just Resize",
+        "Resize Mode": MAP_RESIZES["stretch"],
         "Processor Res": -1,
         **dict.fromkeys(THRESHOLD_KEYS, -1.0),
         "Guidance Start": note.start,
@@ -82,6 +93,7 @@ def as_now(pairs: dict[str, str]) -> dict[str, str]:
         "Module": pairs["preprocessor"], "Model": pairs.get("model", "None"), "Weight": pairs.get("weight", "1"),
         "Guidance Start": start, "Guidance End": end, "Control Mode": pairs.get("control mode", "Balanced"),
         "Pixel Perfect": pairs.get("pixel perfect", "False"), "Processor Res": resolution,
+        "Resize Mode": pairs.get("resize mode", ""),
         **dict(zip(THRESHOLD_KEYS, (low, high), strict=True)),
     }  # fmt: skip
 
@@ -114,6 +126,7 @@ def read_unit(key: str, text: str) -> ControlNote | ImagePromptNote:
             kinds=tuple(map(int, pairs.get("Union Kinds", "").split())),
             thresholds=(low, high) if acts and min(low, high) >= 0 and (low, high) != THRESHOLDS else None,
             resolution=resolution if acts and resolution > 0 and pairs.get("Pixel Perfect") != "True" else None,
+            resize=RESIZES.get(pairs.get("Resize Mode", ""), "stretch"),
         )
     except (ValueError, KeyError) as error:
         raise UserError(f"settings text: {key!r} has a value that cannot be read ({error})") from None

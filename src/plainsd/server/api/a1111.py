@@ -79,7 +79,8 @@ def routes(service: Service) -> APIRouter:
             if edits(bare.unet.config, bare.vae.config):
                 fields["image_guidance"] = asked.image_cfg_scale
             fields |= asked.mask_fields()
-            return ParsedRequest(asked, job_request(**fields), notes, prepare_init_images(asked, service.limits))
+            init = prepare_init_images(asked, service.limits, fields["like"])
+            return ParsedRequest(asked, job_request(**fields), notes, init)
 
         return await submit_and_wait(service, await run_in_threadpool(wanted), request, options)
 

@@ -16,10 +16,11 @@ UNIT_MODES = {label: name for name, label in CONTROL_MODES.items()} | dict(enume
 ACTING = ("image", "module", "model", "weight", "processor_res", "threshold_a", "threshold_b", "guidance_start",
           "guidance_end", "control_mode")  # fmt: skip
 REGION = "effective_region_mask"  # of an IP-Adapter: where it acts
+STRETCHED = ("Just Resize", 0)  # resize_mode; otherwise a map of another shape is cropped, as there
 IDLE: dict[str, tuple[Any, ...]] = {  # what would change the picture, and the values by which it does not
     "enabled": (True, 1), "mask": (None, ""), "mask_image": (None, ""), REGION: (None, ""),
     "advanced_weighting": (None, []), "hr_option": ("Both", 0, None), "ipadapter_input": (None, []),
-    "resize_mode": ("Just Resize", 0, "Crop and Resize", 1, "Scale to Fit (Inner Fit)", None),
+    "resize_mode": (*STRETCHED, "Crop and Resize", 1, "Scale to Fit (Inner Fit)", "Inner Fit (Scale to Fit)", None),
     "pixel_perfect": (False, True), "union_control_type": ("Unknown", None), "pulid_mode": ("Fidelity", None),
 }  # fmt: skip
 IDLE_FIELDS = ("low_vram", "save_detected_map", "is_ui", "input_mode", "batch_images", "output_dir", "loopback",
@@ -88,8 +89,9 @@ def unit_of(unit: dict[str, Any], init_images: list[str] | None = None) -> Contr
         made = kind(**{name: value for name, value in (fields | more).items() if value is not None})
     except ValueError as error:
         raise APIError(422, f"{' '.join(str(error).split())[:200]}", FIELD) from None
-    if isinstance(made, ControlRequest) and module != "none":
-        made.pixel_perfect = bool(unit.get("pixel_perfect"))
+    if isinstance(made, ControlRequest):
+        made.cropped = unit.get("resize_mode") not in STRETCHED
+        made.pixel_perfect = module != "none" and bool(unit.get("pixel_perfect"))
     return made
 
 

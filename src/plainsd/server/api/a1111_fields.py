@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from plainsd.diffusion.samplers import SAMPLERS
 from plainsd.errors import unknown
-from plainsd.pictures.settings import RANDOM, ratio_to
+from plainsd.pictures.settings import AUTOMATIC, RANDOM, ratio_to
 from plainsd.server.api.a1111_control import units_of
 from plainsd.server.api.a1111_names import model_of, sampler_of, upscaler_of
 from plainsd.server.api.a1111_table import EMPTY_VALUES, check_scripts, known_options, reject_unsupported
@@ -19,7 +20,8 @@ from plainsd.server.pool import Models
 from plainsd.server.schema import Name, Text
 from plainsd.text.prompts import tagged_loras, without_comments
 
-WITH_ETA = ("ddim", "euler_a", "dpm2_a", "dpmpp_2s_a", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde")  # there too
+WITHOUT_ETA = ("dpm2", "dpmpp_2m")  # samplers that take eta, but not there
+A1111_HIRES_STRENGTH = 0.75  # where a request says nothing
 NOISE_SOURCES = {"GPU": "nv", "NV": "nv", "CPU": "cpu"}  # randn_source
 FILLS = ("fill", "original", "noise", "nothing")  # inpainting_fill 0 to 3
 EMPTY_RESPONSES: dict[str, Any] = {         # what clients ask for at their start; GET of each is answered so
@@ -77,7 +79,7 @@ class Common(BaseModel):
             "steps": self.steps, "guidance": self.cfg_scale, "sampler": sampler, "spacing": spacing,
             "seed": RANDOM if self.seed is None else self.seed,
             "clip_skip": options.get("CLIP_stop_at_last_layers"),
-            "eta": self.eta if sampler in WITH_ETA else None,
+            "eta": self.eta if takes_eta(sampler) and sampler not in WITHOUT_ETA else None,
             "tiling": (options.get("tiling") if self.tiling is None else self.tiling) or None,
             "like": "a1111",
         } | self.noise_fields(options)  # fmt: skip
@@ -127,6 +129,10 @@ class Common(BaseModel):
         check_scripts(self.alwayson_scripts or {})
 
 
+def takes_eta(sampler: str | None) -> bool:
+    return sampler is not None and "eta" in SAMPLERS[sampler].takes
+
+
 class Text2Image(Common):
     """POST /sdapi/v1/txt2img."""
 
@@ -157,7 +163,8 @@ class Text2Image(Common):
                 list(wanted),
             )
         fields = {
-            "hires": times, "strength": self.denoising_strength,
+            "hires": times,
+            "strength": A1111_HIRES_STRENGTH if self.denoising_strength is None else self.denoising_strength,
             "upscaler": upscaler_of(self.hr_upscaler, models.upscalers.known()),
         }  # fmt: skip
         return fields | self.hires_overrides(self.options_over(options), models)
@@ -177,6 +184,7 @@ class Text2Image(Common):
         sampler = None if self.hr_sampler_name == "Use same sampler" else self.hr_sampler_name
         schedule = None if self.hr_scheduler == "Use same scheduler" else self.hr_scheduler
         sampler, spacing = sampler_of(sampler, schedule)
+        spacing = spacing or (AUTOMATIC if schedule else None)  # the first pass's is None, or "Use same scheduler"
         own = {"hires_prompt": self.hr_prompt, "hires_negative": self.hr_negative_prompt}  # the prompt's where empty
         styled = self.drawn_texts(self.hr_prompt, self.hr_negative_prompt, options, models)
         texts = {name: tagged_loras(text)[0] for name, text in zip(own, styled, strict=True) if own[name]}

@@ -19,17 +19,26 @@ from plainsd.server.pool import Models
 TITLE_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth")  # what a model's title may end with
 
 
+def scheduler_names(spacing: str) -> tuple[str, str]:
+    """Name and label here of one of our spacings: A1111's, but of ComfyUI's beta and kl_optimal, whose names mean
+    others there, one of our own."""
+    if spacing_named(spacing) in (spacing, None):
+        return spacing, spacing_label(spacing)
+    return f"ComfyUI {spacing}", f"ComfyUI {spacing}"
+
+
 def known_schedulers() -> dict[str, str]:
-    """Our spacings, and A1111's labels."""
-    return {name: spacing_label(name) for name in shared_spacings()}
+    """Labels by name."""
+    return dict(map(scheduler_names, shared_spacings()))
 
 
 def sampler_of(name: str | None, scheduler: str | None) -> tuple[str | None, str | None]:
     """A1111's two names, or its older one ("DPM++ 2M Karras"), or ours -> ours."""
     spacing = None
     if scheduler and scheduler.lower() != "automatic":
-        spacing = scheduler if scheduler in known_schedulers() else spacing_named(scheduler)
-        if spacing not in known_schedulers():
+        ours = {word: one for one in shared_spacings() for word in scheduler_names(one)}
+        spacing = spacing_named(scheduler) or ours.get(scheduler)
+        if spacing not in shared_spacings():
             raise APIError(
                 404, str(unknown("scheduler", scheduler, known_schedulers().values())), "scheduler", scheduler
             )

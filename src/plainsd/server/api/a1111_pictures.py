@@ -1,9 +1,9 @@
 """Input images and masks of A1111's img2img."""
 
-from PIL import Image
+from PIL import Image, ImageChops
 
 from plainsd.generate import check_size
-from plainsd.pictures.masks import alpha_of, box_around, filled_hole, hole_of, resized
+from plainsd.pictures.masks import MaskOptions, canvas_of, resized
 from plainsd.server.api.a1111_fields import Image2Image
 from plainsd.server.canvas import InitImages
 from plainsd.server.errors import APIError
@@ -13,8 +13,9 @@ from plainsd.server.uploads import check_pixels, decoded, opened, picture
 RESIZE = ("stretch", "crop", "fill")  # resize_mode 0, 1, 2
 
 
-def prepare_init_images(body: Image2Image, limits: Limits) -> InitImages:
-    """The picture at the wanted size; with a mask, the part around it where inpaint_full_res asks for that."""
+def prepare_init_images(body: Image2Image, limits: Limits, like: str) -> InitImages:
+    """The picture at the wanted size; with a mask, the part around it where inpaint_full_res asks for that. `like`: the
+    program that masks are those of."""
     if not body.init_images or len(body.init_images) > 1:
         count = len(body.init_images or [])
         raise APIError(404 if count == 0 else 422, f"init_images has {count} pictures; send one", "init_images", count)
@@ -27,25 +28,18 @@ def prepare_init_images(body: Image2Image, limits: Limits) -> InitImages:
     if not body.mask:
         return InitImages(resized(image, size, how))
     mask = painted_area(body.mask, limits).resize(image.size)
-    alpha = alpha_of(mask, body.blur(), inverted=bool(body.inpainting_mask_invert))
-    if alpha.getbbox() is None:
-        raise APIError(422, "mask is dark everywhere, so nothing would be drawn; make it white where the picture is to "
-                      "change", "mask")  # fmt: skip
-    whole, box = image, None
-    if body.inpaint_full_res:
-        box = box_around(alpha, body.inpaint_full_res_padding or 0, size)
-        image, hole = resized(image.crop(box), size), hole_of(resized(alpha.crop(box), size))
-    else:
-        image = whole = resized(image, size, how)
-        alpha = resized(alpha, size, how)
-        hole = hole_of(alpha)
-    if body.inpainting_fill in (0, None):
-        image = filled_hole(image, hole)
-    return InitImages(image, hole, whole, alpha, box)
+    if body.inpainting_mask_invert:
+        mask = ImageChops.invert(mask)
+    told = body.mask_fields()
+    options = MaskOptions(body.blur(), 0, told["masked_padding"], told["masked_content"], like=like, resize=how)
+    canvas = canvas_of(image, mask, size, options)
+    return InitImages(canvas.image, canvas.hole, canvas.whole, canvas.alpha, canvas.box)
 
 
 def painted_area(mask: str, limits: Limits) -> Image.Image:
-    """The mask: its alpha channel, or the grey levels if it is fully opaque."""
+    """The mask: its alpha channel, above 128 or not, or the grey levels if it is fully opaque."""
     image = opened(decoded(mask, "mask"), "mask", limits, None)
     alpha = image.getchannel("A")
-    return alpha if alpha.getextrema() != (255, 255) else image.convert("L")
+    if alpha.getextrema() == (255, 255):
+        return image.convert("L")
+    return alpha.point(lambda level: 255 if level > 128 else 0)

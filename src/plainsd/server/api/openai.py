@@ -219,6 +219,14 @@ def recoded(png: bytes, body: ImagesRequest) -> bytes:
     return buffer.getvalue()
 
 
+def partial_image(preview: str, body: ImagesRequest) -> tuple[str, str]:
+    """A preview, a PNG in base64, in the requested format; and its size."""
+    content = base64.b64decode(preview)
+    with Image.open(BytesIO(content)) as image:
+        width, height = image.size
+    return base64.b64encode(recoded(content, body)).decode(), f"{width}x{height}"
+
+
 async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str) -> AsyncIterator[bytes]:
     """Partial pictures, then the final ones."""
     wanted, sent, rough = body.partial_images or 0, 0, None
@@ -231,7 +239,8 @@ async def sse_stream(service: Service, job: Job, body: ImagesRequest, kind: str)
             for preview in data["previews"].values():  # the newest, however long ago it was made
                 rough = preview.partition(",")[2]
             if rough is not None and sent < wanted and data["progress"] * (wanted + 1) >= sent + 1:
-                yield event(f"{kind}.partial_image", body, rough, partial_image_index=sent)
+                shown, size = await run_in_threadpool(partial_image, rough, body)
+                yield event(f"{kind}.partial_image", body, shown, size=size, partial_image_index=sent)
                 sent += 1
         if (refused := failure_of(job)) is not None:
             yield sse("error", refused.body("/v1/") | {"type": "error"})

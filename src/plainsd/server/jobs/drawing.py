@@ -94,6 +94,7 @@ def batch_events(models: Models, work: Work) -> Generator[Event]:
     """Draws a batch. Closing the generator ends it after the current step."""
     one, source, loads = work.settings[0], work.source, models.loads
     model, sd = models.prepare(work.model, work.loras, one)
+    hashes = models.hashes(model, one)  # before the files may change
     yield Prepared(models.resident_names(), models.bytes(), models.loads - loads)
 
     def read(name: str) -> Image.Image:
@@ -115,7 +116,7 @@ def batch_events(models: Models, work: Work) -> Generator[Event]:
     with closing(events):
         for event in events:
             if isinstance(event, Pictures):
-                yield DrawnBatch(event.images, models.hashes(model, one))
+                yield DrawnBatch(event.images, hashes)
                 return
             now, previews = time.monotonic(), []
             if now - last_preview >= PREVIEW_SECONDS:

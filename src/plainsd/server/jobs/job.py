@@ -147,6 +147,7 @@ class Job:
     inputs: dict[str, bytes] = field(default_factory=dict)  # its files, until they are written
     sheet: Sheet | None = None
     owner: str = ""  # the name of the token that it came with; empty: the admin's, or nobody's
+    notes: list[str] = field(default_factory=list)  # settings with an unexpected effect, for the client
     number: int = 0
     state: str = QUEUED
     error: str | None = None
@@ -157,7 +158,6 @@ class Job:
     deleted: set[int] = field(default_factory=set)  # ... of which these have been deleted, or are in the trash
 
     problem: str | None = None  # why its row cannot be read
-    notes: list[str] = field(default_factory=list)  # settings with an unexpected effect, for the client
     drawing: set[int] = field(default_factory=set)
     batches: dict[int, BatchProgress] = field(default_factory=dict)  # under way, by the first index of each
     previews: dict[int, bytes] = field(default_factory=dict)  # rough PNGs

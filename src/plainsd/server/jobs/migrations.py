@@ -40,6 +40,11 @@ ALTER TABLE jobs ADD COLUMN owner TEXT NOT NULL DEFAULT '';
 ALTER TABLE images ADD COLUMN owner TEXT NOT NULL DEFAULT '';
 CREATE INDEX images_by_owner ON images (owner, number);
 """,
+    # notes for the client, beyond the end of the job; the trash is found without a look at the whole history
+    """
+ALTER TABLE jobs ADD COLUMN notes TEXT NOT NULL DEFAULT '[]';
+CREATE INDEX images_in_trash ON images (deleted) WHERE deleted NOT NULL;
+""",
 )
 
 

@@ -64,7 +64,8 @@ class Queue:
         self.seconds = 0.0  # from arrival to end, of all these
         self.measures = Measures()
         self.share = CLIENT_SHARE
-        self.idle: list[Place] = []  # of workers that wait for a batch
+        self.workers = 1
+        self.idle: list[Place] = []  # of those that wait for a batch
         self.stopping = False
         self.failure: str | None = None  # why the server cannot go on, and ends
         self.closes: float | None = None  # while it drains: when the server stops at the latest, as time.monotonic()
@@ -90,7 +91,8 @@ class Queue:
             if len(self.jobs) >= self.limit or mine >= max(1, self.limit * self.share):
                 whose = f"{mine} of them yours" if mine else "none of them yours"
                 left = sum(len(other.indices - other.done) for other in self.jobs.values())
-                wait = max(1, round(self.seconds_per_picture * left / 4))  # until a quarter of them is drawn
+                wait = self.seconds_per_picture * left / 4 / self.workers  # until a quarter of them is drawn
+                wait = max(1, round(wait))
                 raise APIError(
                     429,
                     f"the queue is full with {len(self.jobs)} jobs, {whose}; try again in {wait} s",

@@ -29,6 +29,7 @@ COMPLETE = ConfigDict(**TYPED, extra="forbid")
 STORED_SETTINGS = TypeAdapter(list[Resolved], config=TYPED)
 STORED_LORAS = TypeAdapter(list[tuple[str, float, float] | tuple[str, float]], config=TYPED)
 STORED_SOURCES = TypeAdapter(list[Source], config=COMPLETE)
+STORED_NOTES = TypeAdapter(list[str], config=TYPED)
 STORED_SHEETS = TypeAdapter(list[Sheet], config=COMPLETE)
 
 Id = Annotated[str, Field(pattern="^[A-Za-z0-9_-]{1,100}$")]
@@ -62,6 +63,7 @@ def job_of(row: sqlite3.Row, drawn: Iterable[tuple[Any, Any]]) -> Job:
             "settings": settings,
             "loras": loras_from(row["loras"]),
             "source": as_typed(STORED_SOURCES, [parsed_json(row["source"])])[0] if row["source"] else None,
+            "notes": as_typed(STORED_NOTES, parsed_json(row["notes"])),
             "sheet": as_typed(STORED_SHEETS, [parsed_json(row["sheet"])])[0] if row["sheet"] else None,
         }
     except UNREADABLE as error:

@@ -69,6 +69,7 @@ class Store:
             )  # of one that was killed
             self.db.commit()
             self.remove_drafts()
+            self.remove_unused_thumbnails()
             with suppress(OSError):  # a file that the disk refuses to delete: it is tried again
                 self.empty_trash()
         except (sqlite3.Error, OSError) as error:
@@ -83,6 +84,14 @@ class Store:
                 for file in files:
                     if DRAFT.fullmatch(file):
                         Path(parent, file).unlink(missing_ok=True)
+
+    def remove_unused_thumbnails(self) -> None:
+        """Removes those of pictures that are not in the history any more."""
+        known = {f"{id}.webp" for (id,) in self.db.execute("SELECT id FROM images")}
+        for path in (self.folder / "thumbnails").glob("*.webp"):
+            if path.name not in known:
+                with suppress(OSError):
+                    path.unlink()
 
     def close(self) -> None:
         with self.lock:
@@ -103,7 +112,7 @@ class Store:
             "pictures": json.dumps([asdict(one) for one in job.settings]), "place": job.path_prefix, "state": job.state,
             "source": json.dumps(asdict(job.source)) if job.source else None,
             "sheet": json.dumps(asdict(job.sheet)) if job.sheet else None, "created": job.created,
-            "owner": job.owner,
+            "owner": job.owner, "notes": json.dumps(job.notes),
         }  # fmt: skip
         names = ", ".join(values)
         with self.transaction() as db:
@@ -278,8 +287,11 @@ class Store:
         path = self.folder / "thumbnails" / f"{picture.id}.webp"
         if not path.exists():
             content = thumbnail_bytes(self.path(picture))
-            with self.lock, written_whole(path) as temporary:
-                temporary.write_bytes(content)
+            with self.lock:
+                if self.picture(picture.id, trash=True) is None:  # deleted for good meanwhile
+                    raise FileNotFoundError(path)
+                with written_whole(path) as temporary:
+                    temporary.write_bytes(content)
         return path
 
     def mark(self, pictures: list[Picture], favourite: bool) -> None:

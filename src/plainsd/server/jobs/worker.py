@@ -92,9 +92,10 @@ class Worker(threading.Thread):
         with closing(events):
             next(events)  # `Prepared`
             self.queue.forget_losses(units)
-            began = time.monotonic()
             with self.recording_attempt({unit.job for unit in units}, here=not self.drawer.remote):
+                began = time.monotonic()
                 drawn = self.follow(events, units)
+                seconds = time.monotonic() - began  # without a wait for the disk
         if drawn is None:
             return
         for unit, image in zip(units, drawn.images, strict=True):
@@ -102,9 +103,7 @@ class Worker(threading.Thread):
                 recorded = self.options.recorded
                 unit.job.settings[unit.index] = with_record(unit.settings, drawn.hashes, recorded)
                 self.save(unit, self.composited(unit.job, image))
-        self.queue.seconds_per_picture += 0.2 * (
-            (time.monotonic() - began) / len(units) - self.queue.seconds_per_picture
-        )
+        self.queue.seconds_per_picture += 0.2 * (seconds / len(units) - self.queue.seconds_per_picture)
 
     @contextmanager
     def recording_attempt(self, jobs: set[Job], *, here: bool) -> Iterator[None]:
