@@ -71,6 +71,14 @@ def test_its_own_schedules_have_their_own_levels(scheduler, spacing):
     assert read(changed(graph(), "sampler", scheduler=scheduler)).spacing == spacing
 
 
+@pytest.mark.parametrize(("sampling", "prediction"), [("eps", "epsilon"), ("x0", "sample"), ("lcm", None)])
+def test_what_the_network_is_said_to_predict(sampling, prediction):
+    nodes = graph(s=node("ModelSamplingDiscrete", sampling=sampling, zsnr=False, model=["model", 0]))
+    one = read(changed(nodes, "sampler", model=["s", 0]))
+    assert one.prediction == prediction
+    assert one.other == (() if prediction else (("ComfyUI nodes", "ModelSamplingDiscrete"),))
+
+
 def test_loras_words_layers_and_another_vae():
     nodes = graph(
         first=node("LoraLoader", lora_name="a/style.safetensors", strength_model=0.8, strength_clip=1.0,

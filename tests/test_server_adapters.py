@@ -230,6 +230,17 @@ def test_another_autoencoder_for_all_models(folder, tmp_path):
     assert weights_hash(tmp_path / "whole.safetensors", "vae") in str(told)
 
 
+def test_an_autoencoder_from_the_hub_hides_no_change_of_a_model(folder, tmp_path, monkeypatch):
+    """Its id is no path whose time could be looked at."""
+    plainsd.save(tiny_sd(seed=5), tmp_path / "snapshot")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
+    with served(open_service([model_folder(folder)], tmp_path / "data", vae=Path("somebody/model"))) as server:
+        before, told = picture_of(server, prompt="a")
+        assert "VAE: model" in before.info["parameters"]
+        plainsd.save(tiny_sd(seed=6), model_folder(folder))
+        assert not alike(picture_of(server, prompt="a")[0], before)
+
+
 def test_words_together_with_a_lora(server, folder):
     picture, told = picture_of(server, prompt="<cat> <lora:paper:0.8>")
     sd = plainsd.load(model_folder(folder), device="cpu", dtype="float32",

@@ -154,7 +154,7 @@ def test_a_page_that_is_not_seen_has_no_stream_and_goes_on(page, brake):
     page.js(HIDE, True)
     brake.off()
     page.until("document.querySelector('.card.over .whole')")
-    assert page.find(".tile").get_attribute("title") == "in the background"
+    page.until("document.querySelector('.tile').title === 'in the background'")
 
 
 @needed

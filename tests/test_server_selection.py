@@ -68,7 +68,7 @@ def test_a_database_of_before_gets_its_column(tmp_path):
         assert picture.favourite is False
         store.mark([picture], True)
         assert store.picture("a-0").favourite is True
-        assert store.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS) == 5
+        assert store.db.execute("PRAGMA user_version").fetchone()[0] == len(MIGRATIONS) == 6
 
 
 # --- deletion --------------------------------------------------------------------------------------------------------

@@ -129,6 +129,7 @@ class Models:
     def __init__(self, sources: Sequence[str | None], options: PoolOptions = PoolOptions()):
         options.check(len(sources))
         self.options, self.embeddings = options, Embeddings(options.embeddings)
+        self.vae = options.vae and find(options.vae)  # where it lies, also of a Hub id
         self.loras = Loras(options.loras)
         self.controls = ControlNets(options.controls)
         self.templates = PromptTemplates(options.wildcards, options.styles)
@@ -240,7 +241,7 @@ class Models:
 
     def changed(self, path: Path | None) -> int:
         """When a model's files were, and those of the autoencoder that all models get; 0 if they are gone."""
-        times = [changed_below(one) for one in (path, self.options.vae) if one]
+        times = [changed_below(one) for one in (path, self.vae) if one]
         return max(times) if all(times) else 0
 
     def adapt(self, model: ServedModel, sd: StableDiffusion, loras: Sequence[tuple[Path, LoraTag, int]]) -> None:

@@ -182,4 +182,4 @@ SAMPLING_NODES: dict[str, Callable[[GraphReader, SamplerPass], None]] = {
     "SamplerCustom": GraphReader.sampler_custom,
     "SamplerCustomAdvanced": GraphReader.sampler_custom,
 }  # fmt: skip
-PREDICTION_WORDS = {"eps": "epsilon", "v_prediction": "v_prediction"}
+PREDICTION_WORDS = {"eps": "epsilon", "v_prediction": "v_prediction", "x0": "sample"}
