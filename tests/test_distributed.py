@@ -29,7 +29,7 @@ from plainsd.train.loop import fit
 from plainsd.train.methods.full import full
 from plainsd.train.objective import NoisyLatents
 from plainsd.train.options import FitOptions, Telling, TrainOptions, with_defaults, with_loss_defaults
-from plainsd.train.processes import World
+from plainsd.train.processes import World, world_of_torchrun
 from plainsd.train.trainer import Trainer
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--log-every", "1", "--save-dtype", "float32"]
@@ -76,8 +76,8 @@ def place(tmp_path_factory):
     return folder
 
 
-def started(arguments, processes, module=("-m", "plainsd")):
-    """The command in as many processes, with the environment that torchrun gives them."""
+def started(arguments, processes, module=("-m", "plainsd"), own=()):
+    """The command in as many processes, with the environment that torchrun gives them; `own`: arguments of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -91,7 +91,7 @@ def started(arguments, processes, module=("-m", "plainsd")):
     command = [sys.executable, *module, *arguments]
     return [
         subprocess.Popen(
-            command,
+            [*command, *(own[rank] if own else ())],
             env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             text=True,
             stdout=subprocess.PIPE,
@@ -214,6 +214,34 @@ def test_the_command_on_two_processes(place, tmp_path, method, batch, more):
         assert a.keys() == b.keys()
         for name in {"step", "loss", "validation", "grad_norm"} & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_machines_with_folders_of_their_own_say_so(place, tmp_path, shard):
+    """Where the states are plain files, as soon as a run goes on; where each process writes its part, at the first."""
+    pictures = ["--base", str(place / "base"), "--data", str(place / "pictures"), "--method", "full"]
+    arguments = ["train", *pictures, "--steps", "3", "--save-every", "2", *FAST, *(["--shard"] if shard else [])]
+    own = [["--out", str(tmp_path / name)] for name in "ab"]
+    if not shard:
+        codes, outputs = finished(started([*arguments, *own[0]], 2))
+        assert codes == [0, 0], outputs
+        shutil.rmtree(checkpoints(tmp_path / "a" / "checkpoints")[-1])
+    codes, outputs = finished(started(arguments, 2, own=own))
+    assert 0 not in codes
+    says = "has not all processes' parts" if shard else "the processes resume from different states"
+    assert says in outputs[0][1]
+    assert len(checkpoints(tmp_path / "a" / "checkpoints")) == (0 if shard else 1)
+
+
+def test_more_processes_than_gpus_are_one_line(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    with (
+        pytest.raises(UserError, match="3 or more processes on a machine with 2 GPUs"),
+        world_of_torchrun(torch.device("cuda")),
+    ):
+        pass
 
 
 def results(out):

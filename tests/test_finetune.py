@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from plainsd.adapters.lora import attached
-from plainsd.diffusion.denoiser import min_snr_weight
+from plainsd.diffusion.denoiser import min_snr_weight, network_input
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import DiskError, UserError
 from plainsd.pictures.conditioning import encode_prompts
@@ -203,6 +203,24 @@ def test_input_perturbation_is_not_to_be_found():
     assert abs((surplus * noise.target).mean()) < 0.01
     plain = draw_noise([Pick(i, i, random(0, 1, i)) for i in range(50)], (4, 8, 8))
     assert torch.equal(noise.target, plain.target)  # the surplus is in what is shown alone
+    schedule, timesteps, x0 = NoiseSchedule.scaled_linear(), torch.arange(10, 1000, 20), plain.target.roll(1, 0)
+    found = errors(Echo(1.0), schedule, "epsilon", x0, noise, timesteps, torch.zeros(50, 1, 1)).detach()
+    shown = network_input(x0, noise.shown, schedule.alphas_cumprod[timesteps].float())
+    torch.testing.assert_close(found, (shown - noise.target).square().mean((1, 2, 3)))
+
+
+def test_what_is_drawn_is_as_the_objective_wants_it(examples, monkeypatch):
+    def picks():
+        return [Pick(i, i, random(0, 2, i)) for i in range(6)]
+
+    shifted = Objective(offset_noise=0.5)
+    shift = examples.draw(picks(), 1000, shifted).noise.target - examples.draw(picks(), 1000).noise.target
+    assert shift.flatten(2).std(dim=2).max() < 1e-6 and shift.abs().max() > 0.1
+    assert replace(examples, timestep_power=0.01).draw(picks(), 1000).timesteps.min() > 900
+    wanted, draw = [], Examples.draw
+    monkeypatch.setattr(Examples, "draw", lambda *args: wanted.append(args[3:]) or draw(*args))
+    lora(tiny_sd(), examples, prior=examples, objective=shifted).loss(picks())
+    assert wanted == [(shifted,), (shifted,)]  # of its own pictures and the prior's
 
 
 def test_what_is_masked_does_not_count():

@@ -349,6 +349,13 @@ def test_a_threshold_keeps_latents_from_growing_with_guidance(sd):
     assert 0.3 * plain < spread(guidance=30, threshold=0.9) < spread(guidance=30, threshold=0.995) < plain
 
 
+def test_projected_guidance_gets_its_numbers(sd, monkeypatch):
+    seen, projected = [], guidance.projected
+    monkeypatch.setattr(guidance, "projected", lambda pair, *args: seen.append(args) or projected(pair, *args))
+    list(text_to_image(sd, "x", guidance=5, steps=1, apg=3, apg_parallel=0.2, apg_momentum=-0.7))
+    assert seen == [(5, 3, 0.2, -0.7)]
+
+
 def test_perturbed_guidance_without_guidance_is_the_limit_of_that_with_it(sd):
     alone = x_of(text_to_image(sd, "a", guidance=1, perturbed=3.0))[-1]
     nearly = x_of(text_to_image(sd, "a", guidance=1 + 1e-7, perturbed=3.0))[-1]

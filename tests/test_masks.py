@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import noise_picture, tiny_sd
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw, ImageFilter
@@ -12,6 +13,7 @@ from plainsd.diffusion.denoiser import differential
 from plainsd.diffusion.samplers import SAMPLERS, sampler_levels
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import UserError
+from plainsd.pictures import drawing, sampling
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.masks import MaskOptions, blurred_hole, canvas_of, grown, latent_mask
 from plainsd.pictures.settings import Settings
@@ -93,12 +95,16 @@ def test_the_masked_part_alone_is_drawn_at_the_whole_size(sd):
     assert not where.any()
 
 
-def test_what_lies_under_the_mask_counts_below_full_strength(sd):
+def test_what_lies_under_the_mask_counts_below_full_strength(sd, monkeypatch):
+    seen, known = [], drawing.Known
+    monkeypatch.setattr(drawing, "Known", lambda *args: seen.append(args) or known(*args))
     each = {
         content: painted(sd, strength=0.5, steps=4, masked_content=content).tobytes()
         for content in ("original", "fill", "noise", "nothing")
     }
     assert len(set(each.values())) == 4
+    *_, noise, nothing = (latents[mask.expand_as(latents) > 0] for latents, mask in seen)
+    assert 0.7 < noise.std() < 1.3 and not nothing.any()
     filled = canvas_of(PHOTO, mask_of(), (64, 64), MaskOptions(fill="fill")).image
     assert plainsd.final(plainsd.inpaint(sd, "a", filled, mask_of(), 0.5, steps=4))[0].tobytes() == each["fill"]
 
@@ -116,12 +122,16 @@ def test_at_full_strength_it_has_no_effect_and_that_is_said(sd, generate, tmp_pa
     assert code == 0 and err.count("masked content noise has no effect at strength 1") == 1
 
 
-def test_grey_levels_are_hard_unless_soft_is_asked_for(sd):
+def test_grey_levels_are_hard_unless_soft_is_asked_for(sd, monkeypatch):
     grey = mask_of(level=100)
     with pytest.raises(UserError, match="dark everywhere"):
         painted(sd, grey)
     assert changed(PHOTO, painted(sd, grey, soft_mask=True)).any()
-    assert painted(sd, soft_mask=True, strength=0.9, steps=4).size == (64, 64)
+    seen, rising = [], Image.linear_gradient("L").resize((64, 64))
+    monkeypatch.setattr(sampling, "differential", lambda *args: seen.append(args[2]) or differential(*args))
+    assert painted(sd, rising, soft_mask=True, strength=0.9, steps=4).size == (64, 64)
+    levels = torch.from_numpy(np.array(rising))[None, None] / 255
+    torch.testing.assert_close(seen, [F.avg_pool2d(levels, sd.vae.config.factor)])
 
 
 def latents_of_a1111(hole: Image.Image, side: int) -> np.ndarray:

@@ -34,6 +34,10 @@ def test_the_place_is_torchruns(monkeypatch):
     for name, value in (("RANK", "5"), ("WORLD_SIZE", "8"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     assert share_of_torchrun() == ProcessShare(5, 8, 1)
+    monkeypatch.delenv("LOCAL_RANK")  # one process a pod, as Kubernetes operators start them
+    assert share_of_torchrun() == ProcessShare(5, 8, 0)
+    monkeypatch.delenv("WORLD_SIZE")
+    assert share_of_torchrun() == ProcessShare()
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):

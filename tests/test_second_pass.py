@@ -39,6 +39,17 @@ def test_latents_are_enlarged_as_pytorch_does_it(sd, upscaler, monkeypatch):
     assert torch.allclose(seen[0], F.interpolate(first, (height, width), mode=mode, antialias=antialias), atol=1e-6)
 
 
+def test_the_modes_are_pytorchs():
+    assert LATENT_MODES == {
+        "latent": ("bilinear", False),
+        "latent-antialiased": ("bilinear", True),
+        "latent-bicubic": ("bicubic", False),
+        "latent-bicubic-antialiased": ("bicubic", True),
+        "latent-nearest": ("nearest", False),
+        "latent-nearest-exact": ("nearest-exact", False),
+    }
+
+
 def test_each_way_of_enlarging_gives_another_picture(sd):
     """Antialiasing may act only where a picture becomes smaller."""
     ends = {name: drawn(sd, upscaler=name, strength=0.7)[1][-1] for name in LATENT_MODES}

@@ -12,6 +12,7 @@ from serving import model_folder, open_service, served
 
 from plainsd.cli import main
 from plainsd.commands.serve import Serve
+from plainsd.errors import UserError
 from plainsd.server.api import security
 from plainsd.server.api.security import COOKIE, Hosts, is_loopback
 
@@ -145,6 +146,14 @@ def test_websockets_are_closed(server):
 # --- the token -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["pictures.example:8443", "https://pictures.example", "pictures.example/draw"])
+def test_what_is_no_name_of_a_host_is_refused(name):
+    """It would never fit what browsers ask for."""
+    with pytest.raises(UserError, match="no host's name; leave scheme, port and path out"):
+        Hosts("0.0.0.0", [name])
+    assert "Pictures.example:8443" in Hosts("127.0.0.1", ["PICTURES.example", "::2", "10.0.0.1"])
+
+
 def test_with_a_token_nothing_else_opens(guarded):
     basic = "Basic " + base64.b64encode(f"anybody:{TOKEN}".encode()).decode()
     for path in ("/api/info", "/api/images", "/metrics", "/openapi.json", "/docs", "/v1/models", "/sdapi/v1/options"):
@@ -175,7 +184,16 @@ def test_the_page_logs_in_with_a_link_or_a_form(guarded):
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie and TOKEN not in cookie
-    assert browser.get(guarded.url + "/api/info").status_code == 200
+    assert "secure" not in cookie and browser.get(guarded.url + "/api/info").status_code == 200
+    for other in (("a", "b"), ("a", TOKEN)):  # a proxy's own password, which browsers send along
+        assert browser.get(guarded.url + "/api/info", auth=other).status_code == 200
+    browser.cookies.clear()
+    assert browser.get(guarded.url + "/api/info", auth=("a", "b")).status_code == 401
+    behind = {"X-Forwarded-Proto": "https", "Host": "127.0.0.1"}  # a proxy with TLS, on this machine
+    answer = browser.get(guarded.url + f"/?token={TOKEN}", headers=behind, allow_redirects=False)
+    assert "secure" in answer.headers["set-cookie"].lower()
+    answer = browser.post(guarded.url + "/api/login", json={"token": TOKEN}, headers=behind)
+    assert "secure" in answer.headers["set-cookie"].lower()
     browser.cookies.clear()
     assert browser.post(guarded.url + "/api/login", json={"token": "wrong"}).status_code == 401
     assert browser.post(guarded.url + "/api/login", json={"token": TOKEN}).status_code == 204

@@ -440,6 +440,11 @@ def test_the_matrices_of_hidden_layers():
     assert all(p.requires_grad for p in hidden_matrices(modules))
 
 
+def test_a_discriminator_lies_where_the_autoencoder_does(folder):
+    judge = VaeMethod(VAE(TINY_VAE).to("meta"), read_pictures(folder, 16), patch_weight=1.0).modules["discriminator"]
+    assert {p.device.type for p in judge.parameters()} == {"meta"}
+
+
 def test_a_discriminators_first_and_last_layers_are_adamws(folder):
     """Older versions took them for hidden ones: such a state goes on, and they begin anew."""
     options = FitOptions(steps=2, batch=2, lr=1e-3, muon=True)
@@ -613,6 +618,16 @@ def test_the_autoencoder_learns(folder, patch_weight):
     assert ("catch" in reports[-1].metrics) == bool(patch_weight)
 
 
+def test_edges_and_kl_count_by_their_weights(folder):
+    torch.manual_seed(0)
+    vae, pictures = VAE(TINY_VAE), read_pictures(folder, 16)
+    (plain, numbers), (weighed, _) = (
+        VaeMethod(vae, pictures, *weights).loss([Pick(0, 0, random(0, 2, 0))]) for weights in ((0.0, 0.0), (3.0, 2.0))
+    )
+    expected = 3 * numbers["edge"].item() + 2 * numbers["kl"].item()
+    assert (weighed - plain).item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_latents_are_disturbed_by_each_pictures_own_strength(folder):
     latents, picks = 3 * torch.randn(400, 4, 8, 8), [Pick(i, i, random(0, 2, i)) for i in range(400)]
     again = [Pick(i, i, random(0, 2, i)) for i in range(7, 9)]
@@ -632,11 +647,11 @@ def test_latents_are_disturbed_by_each_pictures_own_strength(folder):
 
 
 def test_the_discriminator_is_fooled_and_taught_by_one_sum(folder):
-    method = VaeMethod(VAE(TINY_VAE), read_pictures(folder, 16), patch_weight=1.0)
+    method = VaeMethod(VAE(TINY_VAE), read_pictures(folder, 16), patch_weight=0.25)
     judge = method.modules["discriminator"]
     real, fake = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16, requires_grad=True)
     method._adversarial(real, fake, {}, joined=True).backward()
-    assert fake.grad.abs().sum() > 0
+    torch.testing.assert_close(fake.grad, 0.25 * torch.autograd.grad(-judge(fake).mean(), fake)[0])
     alone = torch.relu(1 - judge(real)).mean() + torch.relu(1 + judge(fake.detach())).mean()
     expected = torch.autograd.grad(alone, list(judge.parameters()))
     for p, g in zip(judge.parameters(), expected, strict=True):

@@ -1,12 +1,15 @@
 """`plainsd train` from the command line: what each method leaves behind, and how it fails."""
 
+import errno
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tomllib
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +19,7 @@ import pytest
 import torch
 from conftest import TINY, noise_picture, tiny_sd
 from diffusers import DiffusionPipeline
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file
 from test_finetune import write_pictures
@@ -46,6 +50,7 @@ from plainsd.train.checks import (
     each_option,
     without_effect,
 )
+from plainsd.train.claim import locked
 from plainsd.train.config import config_text, with_config
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.latents import cache_latents
@@ -55,6 +60,7 @@ from plainsd.train.log import read_log
 from plainsd.train.loop import fit
 from plainsd.train.methods.lora import lora
 from plainsd.train.methods.vae import measure_scaling
+from plainsd.train.objective import Objective
 from plainsd.train.options import METHOD_DEFAULTS, FitOptions, Steps, TrainOptions, with_defaults, with_loss_defaults
 from plainsd.train.order import Repeated
 from plainsd.train.processes import World
@@ -850,6 +856,21 @@ def test_a_refused_start_leaves_a_folder_that_was_there(train, tmp_path):
     assert list(out.iterdir()) == []
 
 
+def test_where_a_disk_has_no_locks_the_file_that_stays_is_named(tmp_path, monkeypatch):
+    """Such as Lustre without `-o flock`: what a killed run leaves there looks held for ever."""
+
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with FileLock(tmp_path / ".lock").acquire(timeout=0), pytest.raises(plainsd.UserError) as error:
+            with locked(tmp_path, World()):
+                pass
+    assert f"or, where it has ended, remove {tmp_path / '.lock'}" in str(error.value)
+
+
 HOLD = """
 import sys, time
 from filelock import FileLock
@@ -1017,6 +1038,18 @@ def test_no_name_leaves_out_what_a_file_says(tmp_path):
         with_config([*own, "--flip", "--no-flip"], Train)
     with pytest.raises(plainsd.UserError, match="--no-flp"):
         parsed(Train, "train", with_config([*own, "--no-flp"], Train))
+
+
+def test_a_list_may_be_given_in_several_flags(tmp_path):
+    """A command line's list goes before a file's."""
+    (tmp_path / "a.toml").write_text('method = "lora"\ndata = ["x"]\ncarry = ["z"]\nout = "y"\n')
+    own = ["--data", "a", "b:2", "--carry=c", "--rank", "4", "--data", "d", "--data=e", "--carry", "f"]
+    read = parsed(Train, "train", with_config([*own, "--config", str(tmp_path / "a.toml")], Train))
+    assert read.data == ("a", "b:2", "d", "e") and read.from_scratch.carry == (Path("c"), Path("f"))
+    read = parsed(Train, "train", with_config([*own, "--method", "lora", "--out", "y"], Train))
+    assert read.data == ("a", "b:2", "d", "e") and read.lora.rank == 4
+    read = parsed(Train, "train", with_config(["--config", str(tmp_path / "a.toml"), "--data", "q"], Train))
+    assert read.data == ("q",) and read.from_scratch.carry == (Path("z"),)
 
 
 CONFIGS = {
@@ -1321,6 +1354,19 @@ def test_the_optimizer_is_the_one_that_is_asked_for(train, tmp_path):
         models.append(plainsd.load(tmp_path / name / name, device="cpu", dtype="float32"))
     usual, adamw, muon = (model.unet for model in models)
     assert farthest(usual, adamw) == 0 and farthest(usual, muon) > 1e-4
+
+
+def test_the_numbers_of_loss_and_pace_reach_the_run(train, monkeypatch):
+    runs = []
+    monkeypatch.setattr("plainsd.train.job.run_training", lambda *args, **_: runs.append(args))
+    loss = "--min-snr 5 --offset-noise 0.1 --perturbation 0.2 --huber 0.5 --dropout 0.3 --timestep-power 0.7".split()
+    pace = "--warmup 7 --beta2 0.95 --weight-decay 0.3 --clip 0.25 --ema 0.5".split()
+    train("lora", "--steps", "1", *loss, *pace)
+    ((method, _, options, *_),) = runs
+    assert method.objective == Objective(5.0, 0.1, 0.2, 0.5)
+    assert (method.examples.dropout, method.examples.timestep_power) == (0.3, 0.7)
+    assert (options.warmup, options.betas, options.weight_decay) == (7, (0.9, 0.95), 0.3)
+    assert (options.clip, options.ema) == (0.25, 0.5)
 
 
 def test_data_as_kohyas_trainer_wants_it(train, tmp_path):

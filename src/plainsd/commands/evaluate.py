@@ -121,8 +121,10 @@ class Evaluate:
             raise UserError(f"--sheet {self.sheet} is a PNG; call it {self.sheet.stem}.png", field="sheet")
         from tqdm import tqdm
 
+        from plainsd.emoji.drawing import open_font
         from plainsd.emoji.evaluate import evaluate, score_table
 
+        open_font(self.font)  # said before the model is read
         sd = self.loaded()
         concepts = self.concepts_of(sd)
         drawing: AbstractContextManager = nullcontext({}) if self.ray.cluster is None else self.rows_of_cluster()

@@ -57,6 +57,7 @@ class ProcessShare:
 
 
 def share_of_torchrun() -> ProcessShare:
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         return ProcessShare()
-    return ProcessShare(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
+    rank, size, local = (int(os.environ.get(name, 0)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    return ProcessShare(rank, size, local)

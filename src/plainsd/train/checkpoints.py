@@ -59,6 +59,11 @@ def save_checkpoint(trainer: Trainer, folder: Path) -> Path:
             write_sums(unfinished, own, f"sums-{world.rank}.json")
             if world.sharded:
                 world.wait()
+                tables = {unfinished / f"sums-{rank}.json" for rank in range(world.size)}
+                if world.any(world.first and not tables <= {*unfinished.iterdir()}):
+                    raise UserError(
+                        f"{unfinished} has not all processes' parts; give one --out, on a disk that all share"
+                    )
             if world.first:
                 flush_folder(unfinished)
                 os.replace(unfinished, place)

@@ -44,7 +44,10 @@ def locked(folder: Path, world: World) -> Iterator[None]:
         except Timeout:
             taken = True
     if world.any(taken):
-        raise UserError(f"another training is at work in {folder}; wait until it has ended, or give another --out")
+        ended = "wait until it has ended, or give another --out"
+        if getattr(lock, "pid", None) is not None:  # a disk without flock, where the file outlives its process
+            ended += f", or, where it has ended, remove {folder / LOCK_FILE}"
+        raise UserError(f"another training is at work in {folder}; {ended}")
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import json
 import tomllib
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from plainsd.errors import UserError, unknown
 
@@ -28,6 +28,7 @@ def with_config(arguments: list[str], kind: type) -> list[str]:
     """The flags from the --config file, followed by the given ones; of these --no-NAME leaves out what the file says of
     NAME. `kind`: the command's dataclass."""
     path, known = config_path(arguments), options_of(kind)
+    arguments = joined(arguments, {f"--{name}" for name, its in known.items() if get_args(its)[-1:] == (...,)})
     if path is None:
         return arguments
     names = {one: one.removeprefix(NOT).replace("_", "-") for one in arguments if one.startswith(NOT)}
@@ -37,6 +38,22 @@ def with_config(arguments: list[str], kind: type) -> list[str]:
         if f"--{name}" in (argument.split("=")[0] for argument in given):
             raise UserError(f"--{name} and {one} contradict each other; leave one of them out")
     return flags_of(path, known, given, set(without.values())) + given
+
+
+def joined(arguments: list[str], lists: set[str]) -> list[str]:
+    """Each list's flag once, with all its values: of several the parser knows only the last."""
+    rest: list[str] = []
+    given: dict[str, list[str]] = {}
+    into = rest
+    for one in arguments:
+        name, equals, value = one.partition("=")
+        if name in lists:
+            into = given.setdefault(name, [])
+            into += [value] if equals else []
+        else:
+            into = rest if one.startswith("--") else into
+            into.append(one)
+    return rest + [part for name, values in given.items() for part in (name, *values)]
 
 
 def config_path(arguments: list[str]) -> Path | None:

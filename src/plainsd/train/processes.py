@@ -96,6 +96,11 @@ def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[Wor
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"{device.index + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs; "
+                "start torchrun with one process per GPU"
+            )
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:

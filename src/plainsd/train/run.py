@@ -85,7 +85,7 @@ def run_training(
     look = Look(trainer, folder, rhythm, diary, validate, sample, save)
     claim()
     with stopped_by_signals() as stop, closing(diary) if diary else nullcontext():
-        if before and not checkpoints(folder / "checkpoints"):
+        if before and not world.any(bool(checkpoints(folder / "checkpoints"))):
             if diary:
                 diary.begin(0)
             look(0)

@@ -92,7 +92,7 @@ def create_app(
         """Exchange the token for a session cookie."""
         answer = Response(status_code=204)
         if access.required:
-            log_in(answer, access, body.token, request.headers)
+            log_in(answer, access, body.token, request.headers, request.url.scheme)
         return answer
 
     app.include_router(openai.routes(service))

@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from plainsd.errors import UserError
 from plainsd.json_reader import BadJSON, ValueCounter
 from plainsd.server.errors import APIError
 from plainsd.server.limits import Limits
@@ -60,6 +61,14 @@ def is_address(host: str) -> bool:
         return False
 
 
+def hostname(header: str) -> str:
+    """That of `name:port`, in small letters; empty if it is malformed."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError:
+        return ""
+
+
 class Hosts:
     """The host names that the server accepts.
 
@@ -69,14 +78,15 @@ class Hosts:
 
     def __init__(self, bound: str, more: Iterable[str] = ()):
         self.any_address = bound in ("0.0.0.0", "::")
+        for name in more:
+            if name.lower() != hostname(name) and not is_address(name):
+                what = f"--allow-host {name!r} is no host's name"
+                raise UserError(f"{what}; leave scheme, port and path out", field="allow_host", value=name)
         names = {"localhost", "127.0.0.1", "::1", bound, *more}
         self.names = {name.lower() for name in names | ({socket.gethostname()} if self.any_address else set())}
 
     def __contains__(self, header: str) -> bool:
-        try:
-            name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
-        except ValueError:
-            return False
+        name = hostname(header).rstrip(".")
         return name in self.names or (self.any_address and is_address(name))
 
 
@@ -132,7 +142,8 @@ class SecurityMiddleware:
         if len(hosts) != 1 or hosts[0] not in self.hosts:
             said = ", ".join(hosts) or "none"
             raise APIError(
-                403, f"host {said!r} is not a name of this server; start it with --allow-host NAME to add one"
+                403,
+                f"host {said!r} is not a name of this server; start it with --allow-host NAME (no port) to add one",
             )
 
     def check_origin(self, scope: Scope, headers: Headers) -> None:
@@ -150,7 +161,7 @@ class SecurityMiddleware:
         if not (self.access.required and given and scope["method"] == "GET" and scope["path"] == "/"):
             return None
         answer = RedirectResponse("/", 303)
-        log_in(answer, self.access, given[0], Headers(scope=scope))
+        log_in(answer, self.access, given[0], Headers(scope=scope), scope["scheme"])
         return answer
 
     def user(self, headers: Headers) -> User:
@@ -166,6 +177,10 @@ class SecurityMiddleware:
                 return user_of_token(self.access, b64decode(given).decode().partition(":")[2])
             except ValueError:
                 raise APIError(401, "the Authorization header cannot be read; send 'Bearer TOKEN'", "token") from None
+            except APIError:  # a proxy's own password, which browsers send along
+                if (found := self.access.user_of_session(cookie(headers))) is not None:
+                    return found
+                raise
         if (found := self.access.user_of_session(cookie(headers))) is not None:
             return found
         raise APIError(
@@ -226,11 +241,14 @@ def user_of_token(access: Access, given: str) -> User:
     return found
 
 
-def log_in(answer: Response, access: Access, given: str, headers: Headers) -> None:
-    """Sets the cookie of a token; APIError if it is wrong."""
+def log_in(answer: Response, access: Access, given: str, headers: Headers, scheme: str) -> None:
+    """Sets the cookie of a token; APIError if it is wrong. One that came by https is not sent without."""
     access.refresh()
     user_of_token(access, given)
-    answer.set_cookie(cookie_name(headers), session_of(given), max_age=30 * 86400, httponly=True, samesite="strict")
+    answer.set_cookie(
+        cookie_name(headers), session_of(given), max_age=30 * 86400, httponly=True, samesite="strict",
+        secure=scheme == "https",
+    )  # fmt: skip
 
 
 def netloc(origin: str) -> str:

@@ -78,7 +78,7 @@ class VaeMethod:
     def __post_init__(self):
         self.modules = nn.ModuleDict({"vae": self.vae})
         if self.patch_weight:
-            self.modules["discriminator"] = Discriminator()
+            self.modules["discriminator"] = Discriminator().to(next(self.vae.parameters()).device)
 
     def loss(self, picks: list[Pick]) -> tuple[Tensor, dict[str, Tensor]]:
         device = next(self.vae.parameters()).device
