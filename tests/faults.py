@@ -1235,7 +1235,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train.py::test_twenty_steps_equal_ten_and_ten_bit_for_bit"),
     ],
     "train/loop.py": [
-        ("        check_together(trainer)\n    order", "    order",
+        ("        check_same_step(trainer)\n    order", "    order",
          "test_distributed.py::test_machines_with_folders_of_their_own_say_so[False]"),
         ("if not math.isnan(report.loss) and (last", "if (last",
          "test_train.py::test_a_run_that_is_never_finite_stops_with_advice"),

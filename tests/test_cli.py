@@ -680,10 +680,14 @@ def test_the_flags_of_eval_arrive(model, tmp_path, monkeypatch, capsys):
         "font": tmp_path / "font.ttf", "sheet": tmp_path / "sheet.png", "concepts": tmp_path / "concepts.json",
     }  # fmt: skip
     arguments = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    assert main(["eval", "none", *arguments]) == 2
+    assert "no emoji font at " in capsys.readouterr().err  # before the model is looked for
+    looked = []
+    monkeypatch.setattr("plainsd.emoji.drawing.open_font", looked.append)
     assert main(["eval", model, *arguments, "--device", "cpu", "--dtype", "float32", "--plain"]) == 0
     assert capsys.readouterr().out == "its scores\n"
     assert asked.pop("about")["model"] == model and callable(asked.pop("progress"))
-    assert asked == flags | {"concepts": {"size": 64}}
+    assert asked == flags | {"concepts": {"size": 64}} and looked == [flags["font"]]
 
 
 def test_debug_shows_the_traceback(generate, monkeypatch):

@@ -28,7 +28,7 @@ def with_config(arguments: list[str], kind: type) -> list[str]:
     """The flags from the --config file, followed by the given ones; of these --no-NAME leaves out what the file says of
     NAME. `kind`: the command's dataclass."""
     path, known = config_path(arguments), options_of(kind)
-    arguments = joined(arguments, {f"--{name}" for name, its in known.items() if get_args(its)[-1:] == (...,)})
+    arguments = lists_joined(arguments, {f"--{name}" for name, its in known.items() if get_args(its)[-1:] == (...,)})
     if path is None:
         return arguments
     names = {one: one.removeprefix(NOT).replace("_", "-") for one in arguments if one.startswith(NOT)}
@@ -40,7 +40,7 @@ def with_config(arguments: list[str], kind: type) -> list[str]:
     return flags_of(path, known, given, set(without.values())) + given
 
 
-def joined(arguments: list[str], lists: set[str]) -> list[str]:
+def lists_joined(arguments: list[str], lists: set[str]) -> list[str]:
     """Each list's flag once, with all its values: of several the parser knows only the last."""
     rest: list[str] = []
     given: dict[str, list[str]] = {}

@@ -44,7 +44,7 @@ def save_when_due(trainer: Trainer, report: Report, folder: Path) -> None:
         save_checkpoint(trainer, folder)
 
 
-def check_together(trainer: Trainer) -> None:
+def check_same_step(trainer: Trainer) -> None:
     """UserError where the processes found different states."""
     world, step = trainer.world, float(trainer.step)
     if world.any(world.total([step])[0] != step * world.size):
@@ -63,7 +63,7 @@ def unsaved(
         if trainer.world.first:
             sweep(folder)
         restore(trainer, folder)
-        check_together(trainer)
+        check_same_step(trainer)
     order = pictures if callable(pictures) else Order(pictures, options.seed)
     size, in_a_row = options.batch * options.accumulate, 0
     while trainer.step < options.steps:
