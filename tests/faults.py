@@ -474,14 +474,16 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_server_adapters.py::test_a_word_goes_before_the_name_of_another_file"),
     ],
     "train/processes.py": [
-        ("if device.index >= torch.cuda.device_count():", "if device.index > torch.cuda.device_count():",
-         "test_distributed.py::test_more_processes_than_gpus_are_one_line"),
     ],
     "train/methods/finetune.py": [
         ("self.examples.draw(picks, steps, self.objective)", "self.examples.draw(picks, steps)",
          "test_finetune.py::test_what_is_drawn_is_as_the_objective_wants_it"),
         ("self.prior.draw(drawn, steps, self.objective)", "self.prior.draw(drawn, steps)",
          "test_finetune.py::test_what_is_drawn_is_as_the_objective_wants_it"),
+    ],
+    "device.py": [
+        ("if local >= (count :=", "if local > (count :=",
+         "test_distributed.py::test_more_processes_than_gpus_are_one_line"),
     ],
     "models/variants.py": [
         ('and scheduler.startswith("Euler")', "", "test_distilled.py::test_trailing_spacing_alone_is_not_turbo"),
@@ -1721,7 +1723,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("os.environ.get(name, 0)", "os.environ[name]", "test_scale.py::test_the_place_is_torchruns"),
         ("(self.rank + 1) * count // self.size)", "self.rank * count // self.size + count // self.size)",
          "test_scale.py::test_shares_are_whole_and_even"),
-        ('return f"cuda:{self.local}"', 'return f"cuda:{self.rank}"',
+        ('return str(own_gpu(self.local))', 'return str(own_gpu(self.rank))',
          "test_scale.py::test_each_process_has_a_gpu_of_its_own"),
     ],
     "commands/grid.py": [

@@ -32,6 +32,15 @@ def choose_device(device: str | torch.device) -> torch.device:
     return chosen
 
 
+def own_gpu(local: int) -> torch.device:
+    """The GPU of one of this machine's processes, by its number. UserError if there are too few."""
+    if local >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"{local + 1} or more processes on a machine with {count} GPUs; start torchrun with one process per GPU"
+        )
+    return torch.device("cuda", local)
+
+
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """auto: bfloat16 where the processor or GPU is faster in it than in float32, else float32."""
     if isinstance(dtype, torch.dtype):

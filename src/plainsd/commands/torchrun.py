@@ -10,8 +10,6 @@ number.
 import os
 from dataclasses import dataclass
 
-from plainsd.errors import UserError
-
 
 @dataclass(frozen=True)
 class ProcessShare:
@@ -33,14 +31,11 @@ class ProcessShare:
         """The device `name`; for "auto" and "cuda", the GPU of the local rank. UserError if there are too few GPUs."""
         import torch
 
+        from plainsd.device import own_gpu
+
         if self.alone or name not in ("auto", "cuda") or not torch.cuda.is_available():
             return name
-        if self.local >= torch.cuda.device_count():
-            raise UserError(
-                f"{self.local + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs; "
-                "start torchrun with one process per GPU"
-            )
-        return f"cuda:{self.local}"
+        return str(own_gpu(self.local))
 
     def agreed(self, number: int) -> int:
         """The first process's number, broadcast to all."""

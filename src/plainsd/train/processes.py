@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from plainsd.device import own_gpu
 from plainsd.errors import UserError
 
 PATIENCE = timedelta(hours=6)  # for the first process, while it encodes, validates, draws or saves
@@ -95,12 +96,7 @@ def world_of_torchrun(device: torch.device, shard: bool = False) -> Iterator[Wor
         yield World(device=device)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(
-                f"{device.index + 1} or more processes on a machine with {torch.cuda.device_count()} GPUs; "
-                "start torchrun with one process per GPU"
-            )
+        device = own_gpu(int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
