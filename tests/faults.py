@@ -473,8 +473,6 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("*((one.text, one) for one in known), *((one.name, one) for one in known)", "*(both for one in known for both in ((one.text, one), (one.name, one)))",
          "test_server_adapters.py::test_a_word_goes_before_the_name_of_another_file"),
     ],
-    "train/processes.py": [
-    ],
     "train/methods/finetune.py": [
         ("self.examples.draw(picks, steps, self.objective)", "self.examples.draw(picks, steps)",
          "test_finetune.py::test_what_is_drawn_is_as_the_objective_wants_it"),
