@@ -68,8 +68,16 @@ def test_the_command(tmp_path, capsys):
     )
     assert not made
     asked = [str(EMBEDDED), str(tmp_path / "out"), "--set", str(tmp_path / "set" / "concepts.json")]
-    assert words.main([*asked, "--width", "999"]) == 2
-    assert "--width 999: give 1 to 135" in capsys.readouterr().err
+    for width in ("0", "136"):
+        assert words.main([*asked, "--width", width]) == 2
+        assert f"--width {width}: give 1 to 135" in capsys.readouterr().err
+    described = Path(asked[-1]).read_text()
+    other = tmp_path / "other.json"
+    other.write_text(described.replace('"white"', '"chalk"'))
+    assert words.main([*asked[:3], str(other)]) == 2
+    assert "other.json has no colour white" in capsys.readouterr().err
+    assert words.main([*asked, "--width", "135"]) == 0
+    assert "135 components hold 100.0%" in capsys.readouterr().out
     assert words.main([*asked, "--width", "100"]) == 0
     assert "100 components hold 9" in capsys.readouterr().out
     before, after = (plainsd.load(path, device="cpu", dtype="float32") for path in (EMBEDDED, tmp_path / "out"))

@@ -13,21 +13,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from plainsd.checkpoint import load, save
 from plainsd.cli import exit_code
-from plainsd.emoji.painting import Painter, put_over, scaled_to
-from plainsd.emoji.scenes import SceneObject, SceneSet, read_set
+from plainsd.emoji.painting import Painter
+from plainsd.emoji.scenes import Scene, SceneObject, SceneSet, read_set
 from plainsd.emoji.words import Noun
 from plainsd.errors import UserError
 from plainsd.models.clip import TextEncoder
 from plainsd.models.vae import VAE
+from plainsd.pictures.images import to_tensor
 from plainsd.text.tokenizer import Tokenizer
 
-GROUNDS = (255, 0)  # white and black: a code is the mean over them
+GROUNDS = ("white", "black")  # a code is the mean over them
 RIDGE = 0.05  # of the regression of codes on names, whose tokens are counted
 LOUDER = 2  # standard deviation of what vectors gain, in that of all vectors before
 
@@ -37,19 +37,13 @@ def codes(vae: VAE, made_of: SceneSet, painter: Painter, width: int) -> Tensor:
     """(emoji, width): principal components of the emoji's latents, drawn over the whole picture. Each is divided by the
     square root of its standard deviation, so that fine differences count too; mean 0, variance 1 on average."""
     cell, count = made_of.size / (made_of.cells or 16), len(made_of.nouns)
-    one = SceneObject(0, round(cell / 4), round(cell / 4), round(made_of.size - cell / 2))
-    glyphs = [scaled_to(painter.glyph(concept), one.side) for concept in range(count)]
     rows = []
-    for first in range(0, count, 32):
-        pixels = np.empty((len(GROUNDS), len(glyphs[first : first + 32]), made_of.size, made_of.size, 3), np.uint8)
-        for ground, drawn in zip(GROUNDS, pixels, strict=True):
-            drawn[...] = ground
-            for picture, glyph in zip(drawn, glyphs[first : first + 32], strict=True):
-                put_over(picture, glyph, one)
-        x = torch.from_numpy(pixels).flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents = vae.config.scaled(vae.encode(x).mean)
-        rows.append(latents.unflatten(0, pixels.shape[:2]).mean(0).flatten(1))
-    table = torch.cat(rows).double()
+    for concept in range(count):
+        one = SceneObject(concept, round(cell / 4), round(cell / 4), round(made_of.size - cell / 2))
+        scenes = [Scene("one", (one,), "plain", (ground,)) for ground in GROUNDS]
+        latents = vae.encode(torch.cat([to_tensor(painter(scene)) for scene in scenes])).mean
+        rows.append(vae.config.scaled(latents).mean(0).flatten())
+    table = torch.stack(rows).double()
     table -= table.mean(0)
     u, s, _ = torch.linalg.svd(table, full_matrices=False)
     print(f"{width} components hold {(s[:width] ** 2).sum() / (s**2).sum():.1%} of the variance of {count} emoji")
@@ -91,8 +85,11 @@ def begin_words(options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     sd = load(options.model, device="cpu", dtype="float32")
     encoder, made_of = sd.text_encoders[0], read_set(options.set)
-    if not 1 <= options.width <= (most := min(encoder.config.width, len(made_of.nouns))):
+    most = min(encoder.config.width, len(made_of.nouns))
+    if not 1 <= options.width <= most:
         raise UserError(f"--width {options.width}: give 1 to {most}")
+    if missing := [ground for ground in GROUNDS if ground not in made_of.colours]:
+        raise UserError(f"{options.set} has no colour {missing[0]}, which codes are drawn on; give a set that has it")
     spelled(encoder, sd.tokenizers[0], made_of.nouns, codes(sd.vae, made_of, Painter(made_of), options.width))
     quieted(encoder)
     save(sd, options.out)
