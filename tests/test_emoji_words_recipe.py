@@ -74,7 +74,7 @@ def test_the_command(tmp_path, capsys):
     described = Path(asked[-1]).read_text()
     other = tmp_path / "other.json"
     other.write_text(described.replace('"white"', '"chalk"'))
-    assert words.main([*asked[:3], str(other)]) == 2
+    assert words.main([*asked[:3], str(other), "--width", "100"]) == 2
     assert "other.json has no colour white" in capsys.readouterr().err
     assert words.main([*asked, "--width", "135"]) == 0
     assert "135 components hold 100.0%" in capsys.readouterr().out
