@@ -180,6 +180,16 @@ def test_a_folder_is_scored_by_captions_and_by_settings(folder, clip, tmp_path, 
     assert said.out == (tmp_path / "out" / "scores.txt").read_text() and f"CLIPScore {mean:.4f}" in said.out
 
 
+def test_a_picture_of_another_folder_is_scored_under_its_path(folder, clip, tmp_path):
+    """metadata.jsonl may name any file."""
+    place, other = tmp_path / "pictures", tmp_path / "other.png"
+    place.mkdir()
+    IMAGES[0].save(other)
+    (place / "metadata.jsonl").write_text(json.dumps({"file_name": str(other), "text": "a red apple"}) + "\n")
+    assert main(["eval", "--clip-score", str(folder), "--pictures", str(place), "--out", str(tmp_path / "out")]) == 0
+    assert [one["name"] for one in json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]] == [str(other)]
+
+
 def test_drawn_prompts_are_scored(folder, clip, tmp_path, capsys):
     """Picture k has seed + k whatever the batch, and the written ones score the same as a folder."""
     (tmp_path / "prompts.txt").write_text("a red apple\na boat\nan owl\n")

@@ -21,7 +21,7 @@ from plainsd.adapters.lora import attached
 from plainsd.diffusion.denoiser import min_snr_weight, network_input
 from plainsd.diffusion.schedule import NoiseSchedule
 from plainsd.errors import DiskError, UserError
-from plainsd.pictures.conditioning import encode_prompts
+from plainsd.pictures.conditioning import chunked, encode_chunks, encode_prompts
 from plainsd.pictures.plan import encode_prompt
 from plainsd.speed.training import autocast
 from plainsd.text.prompts import Weighted
@@ -275,6 +275,24 @@ def test_captions_have_a_fixed_length():
     beside = encode_prompts(sd, [[Weighted("x")], [Weighted(long)]]).context[:1, :154]
     torch.testing.assert_close(two(["x"], SIZES)[0], beside)
     assert cut_captions(sd, ["x", long], 1) == 1 and cut_captions(sd, ["x", long], 9) == 0
+
+
+@pytest.mark.parametrize("variant", [TINY, TINY_XL], ids=["SD", "SDXL"])
+@pytest.mark.parametrize("chunks", [1, 2])
+@torch.no_grad()
+def test_all_tokens_that_fit_are_read(variant, chunks):
+    """A comma near the end of the last chunk that is read moves nothing into one that is not."""
+    sd, caption = tiny_sd(variant), "words, " * 60
+    keys = sd.tokenizers[0].encode(caption)
+    first = len(chunked(sd.tokenizers[0], [Weighted(caption)])[0])
+    assert first < 75 and len(keys) > 150
+    read = [keys[:75]] if chunks == 1 else [keys[:first], keys[first : first + 75]]
+    parts = [[[[(key, 1.0) for key in chunk] for chunk in read]]] * len(sd.text_encoders)
+    context, vector = Reader(sd, chunks=chunks)([caption], SIZES)
+    with autocast("cpu", False):  # attention as in a step
+        expected, pooled = encode_chunks(sd, parts, clip_skip=1)
+    assert torch.equal(context, expected) and context.shape[1] == 77 * chunks
+    assert vector is None or torch.equal(vector[:, : pooled.shape[1]], pooled)
 
 
 def test_what_is_remembered_has_a_limit():

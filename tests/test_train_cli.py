@@ -377,6 +377,9 @@ def test_a_given_prior_set_is_whole(train, tmp_path):
         (folder / f"{number:05d}.txt").write_text("a dog")
     flags = ["--steps", "1", "--rank", "1", "--prior", str(folder)]
     assert train("lora", *flags, out=tmp_path / "whole") == (0, [])
+    (folder / "00001.png").write_bytes(b"")
+    assert "more than 1% (first: 00001.png" in train("lora", *flags, out=tmp_path / "broken")[1][0]
+    assert train("lora", *flags, "--bad-share", "0.5", out=tmp_path / "broken")[0] == 0
     (folder / "00002.txt").unlink()
     code, said = train("lora", *flags)
     assert (
@@ -808,11 +811,21 @@ def test_held_out_pictures_stay_held_out(base, tmp_path, trained_on):
     assert len(json.loads((tmp_path / "run" / "heldout.json").read_text())["pictures"]) == 3
 
 
-def test_folders_inside_the_data_are_not_trained_on(base, tmp_path, capsys, trained_on):
+@pytest.mark.parametrize("form", ["{}", "{}:1", "kohya:{}"])
+def test_folders_inside_the_data_are_not_trained_on(base, tmp_path, capsys, trained_on, form):
     data = write_pictures(tmp_path / "data", count=2)
-    write_pictures(data / "held", count=3), write_pictures(data / "dogs", count=4)
+    write_pictures(data / "held" / "1_dog", count=3), write_pictures(data / "dogs", count=4)
     flags = ["--base", str(base), "--data", str(data), "--out", str(data / "run"), "--caption", "a dog", *FAST]
-    flags += ["--heldout", str(data / "held"), "--prior", str(data / "dogs"), "--prior-prompt", "a dog", "--rank", "1"]
+    flags += [
+        "--heldout",
+        form.format(data / "held"),
+        "--prior",
+        str(data / "dogs"),
+        "--prior-prompt",
+        "a dog",
+        "--rank",
+        "1",
+    ]
     for steps in ("1", "2"):
         assert main(["train", "--method", "lora", *flags, "--steps", steps]) == 0
         Image.new("RGB", (64, 64)).save(data / "run" / "sample.png")
@@ -822,8 +835,10 @@ def test_folders_inside_the_data_are_not_trained_on(base, tmp_path, capsys, trai
     assert said.count("2 pictures, ") == 2
 
 
-def test_a_held_out_folder_that_is_trained_on_is_told(base, pictures, tmp_path, capsys):
-    flags = ["--base", str(base), "--data", str(pictures), "--out", str(tmp_path / "run"), "--heldout", str(pictures)]
+@pytest.mark.parametrize("form", ["{}", "{}:1"])
+def test_a_held_out_folder_that_is_trained_on_is_told(base, pictures, tmp_path, capsys, form):
+    held = form.format(pictures)
+    flags = ["--base", str(base), "--data", str(pictures), "--out", str(tmp_path / "run"), "--heldout", held]
     assert main(["train", "--method", "lora", *FAST, *flags, "--steps", "1", "--rank", "1"]) == 0
     assert "is trained on too: what is measured with it is not validation" in capsys.readouterr().out
 
@@ -963,6 +978,25 @@ def test_every_method_keeps_results_on_the_way(train, base, tmp_path, method):
     mine, short = ends[method]
     mine, short = load_file(tmp_path / "run" / "results" / mine), load_file(tmp_path / "short" / short)
     assert mine.keys() == short.keys() and all(torch.equal(mine[name], short[name]) for name in mine)
+
+
+@pytest.mark.parametrize(
+    "method, flags, name",
+    [
+        ("lora", ["--rank", "1"], "run.safetensors"),
+        ("lora", ["--rank", "1"], "run-peft.safetensors"),
+        ("inversion", ["--token", "<red>", "--caption", "<red>"], "red.safetensors"),
+        ("inversion", ["--token", "<red>", "--caption", "<red>"], "learned_embeds.safetensors"),
+        ("full", [], "run/model_index.json"),
+    ],
+)
+def test_a_file_of_others_is_not_replaced(train, tmp_path, method, flags, name):
+    mine = tmp_path / "run" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    code, said = train(method, *flags, "--steps", "1")
+    assert code == 2 and "is in the way: the result is to be written there, and that is not of this run" in said[0]
+    assert mine.read_text() == "mine"
 
 
 def test_a_result_is_called_as_its_run(train, tmp_path, capsys):

@@ -150,6 +150,113 @@ def test_a_stream_of_other_columns_is_another(tmp_path):
     assert not torch.equal(photos.pixels([0]), found.pixels([0])) and photos.items[0].texts == ("a",)
 
 
+def test_a_stream_of_files_that_changed_is_another(tmp_path):
+    source, reading = written("tar", tmp_path / "tar"), Reading(stream=True, limit=2)
+    first = read_source(source, 16, tmp_path / "cache", reading)
+    (tmp_path / "tar" / "1.tar").replace(tmp_path / "tar" / "0.tar")
+    second = read_source(source, 16, tmp_path / "cache", reading)
+    assert [item.texts[0][:9] for item in (*first.items, *second.items)] == [f"picture {i}" for i in (0, 1, 3, 4)]
+
+
+class Gone(Exception):
+    """An answer of a server, as aiohttp tells it."""
+
+    def __init__(self, status):
+        super().__init__(f"{status}, message='no'")
+        self.status = status
+
+
+def addressed(tmp_path, ends):
+    """A table whose pictures lie elsewhere."""
+    import pyarrow
+    import pyarrow.parquet
+
+    table = {
+        "image": [f"memory://there/{i}{end}" for i, end in enumerate(ends)],
+        "text": [f"{i}" for i in range(len(ends))],
+    }
+    file = tmp_path / "links.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table), file)
+    return str(file)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("no"), Gone(404), Gone(403)], ids=repr)
+def test_a_dead_link_of_a_stream_is_one_bad_picture(tmp_path, monkeypatch, error):
+    import fsspec
+
+    def fetch(path, mode):
+        if "/1" in path:
+            raise error
+        return io.BytesIO(png(0, (16, 16)))
+
+    monkeypatch.setattr(fsspec, "open", fetch)
+    source, told = addressed(tmp_path, (".PNG?sign=" + 300 * "x", ".png", ".php?id=3")), []
+    found = read_source(source, 16, tmp_path / "cache", Reading(stream=True, limit=3, bad_share=0.5), told.append)
+    assert [item.path.name for item in found.items] == ["00000000.png", "00000002.png"]
+    assert "left out 1 of 3 pictures: 00000001.png: " in told[0]
+
+
+def test_a_stream_that_broke_off_goes_on(tmp_path, monkeypatch):
+    import fsspec
+
+    broken = [True]
+
+    def fetch(path, mode):
+        if "/1" in path and broken:
+            raise Gone(503)
+        return io.BytesIO(png(0, (16, 16)))
+
+    monkeypatch.setattr(fsspec, "open", fetch)
+    source, reading = addressed(tmp_path, (".png", ".png")), Reading(stream=True, limit=2)
+    with pytest.raises(UserError, match=r"row 2, memory://there/1.png: 503, .*; run the same command again"):
+        read_source(source, 16, tmp_path / "cache", reading)
+    broken.clear()
+    assert len(read_source(source, 16, tmp_path / "cache", reading)) == 2
+
+
+@pytest.mark.parametrize("there", [1024, 100, 0], ids="{} of the end".format)
+def test_a_tar_that_is_cut_short_is_refused(tmp_path, there):
+    written("tar", tmp_path / "tar")
+    shard = tmp_path / "tar" / "1.tar"
+    with tarfile.open(shard) as tar:
+        records = max(member.offset_data + (member.size + 511) // 512 * 512 for member in tar)
+    content = shard.read_bytes()
+    assert content[records:].strip(b"\0") == b"" and len(content) > records + 1024
+    shard.write_bytes(content[: records + there])
+    if there == 1024:  # the least that a whole one ends with
+        assert len(read_source(str(tmp_path / "tar"), 16, tmp_path / "cache")) == 5
+    else:
+        with pytest.raises(UserError, match="1.tar is cut short: .* download it again"):
+            read_source(str(tmp_path / "tar"), 16, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("names", [("train-00000-of-00001", "test-00000-of-00001"), ("train/0", "eval/0")], ids=str)
+def test_other_splits_in_a_folder_are_left_out(tmp_path, names):
+    import pyarrow
+    import pyarrow.parquet
+
+    place = tmp_path / "data"
+    for number, name in enumerate(names):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        table = {"image": [png(number, (16, 16))] * (number + 1), "text": [name] * (number + 1)}
+        pyarrow.parquet.write_table(pyarrow.table(table), place / f"{name}.parquet")
+
+    def texts(split="train", place=place):
+        told = []
+        found = read_source(str(place), 16, tmp_path / "cache", Reading(split=split), told.append)
+        return [item.texts[0] for item in found.items], told
+
+    assert texts() == ([names[0]], [f"{place}: 1 of 2 files are of other splits than train, and are left out"])
+    assert texts("test")[0] == [names[1]] * 2
+    assert texts("test[:1]")[0] == [names[1]]
+    assert texts("train+test") == ([names[0], *[names[1]] * 2], [])
+    with pytest.raises(UserError, match="has no files of split validation, but of test, train; give --split one"):
+        texts("validation")
+    assert texts(place=(place / f"{names[1]}.parquet"))[0] == [names[1]] * 2  # a file is what was asked for
+    (place / f"{names[0]}.parquet").unlink()
+    assert texts()[0] == [names[1]] * 2  # with one split alone, names may be mere names
+
+
 def test_a_caption_that_is_no_utf8_is_none(tmp_path):
     import pyarrow
     import pyarrow.parquet
@@ -208,6 +315,33 @@ def test_without_the_library_only_folders_are_read(folder, tmp_path, monkeypatch
 
 
 # ---- checks
+
+
+def test_a_name_of_any_bytes_is_a_fault(tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    try:
+        picture(0, (20, 20)).save(tmp_path / f"{odd}.png")
+    except OSError:
+        pytest.skip("this file system takes text alone for names")
+    (tmp_path / f"{odd}.txt").write_text("a caption")
+    for name in ("a", "b"):
+        picture(1, (20, 20)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text("a caption")
+    said, known = [], tmp_path / "known.json"
+    found = read_pictures(tmp_path, 16, bad_share=0.9, known=known, say=said.append)
+    assert [item.name for item in found.items] == ["a.png", "b.png"] and len(json.loads(known.read_text())) == 2
+    assert r"caf\udce9.png: its name, or that of its mask or map, is not text in UTF-8" in said[0]
+    said[0].encode()  # can be printed
+
+
+def test_a_name_that_cannot_be_one_is_a_fault(tmp_path):
+    picture(0, (20, 20)).save(tmp_path / "a.png")
+    lines = [{"file_name": "a.png"}, {"file_name": "b\0.png"}, {"file_name": "a.png", "mask": "b\0.png"}]
+    text = "".join(json.dumps(line | {"text": "a caption"}) + "\n" for line in lines)
+    (tmp_path / "metadata.jsonl").write_text(text)
+    said = []
+    assert len(read_pictures(tmp_path, 16, bad_share=0.9, say=said.append)) == 1
+    assert "metadata.jsonl line 2: not {" in said[0] and "metadata.jsonl line 3: not {" in said[0]
 
 
 def test_faults_are_told_one_by_one(tmp_path):

@@ -75,11 +75,11 @@ def stack(conditionings: Sequence[Conditioning], empty: Conditioning | None = No
 # --- chunks ----------------------------------------------------------------------------------------------------------
 
 
-def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) -> list[Chunk]:
+def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75, last: int | None = None) -> list[Chunk]:
     """A prompt's tokens in chunks of at most `room`, as A1111 cuts them.
 
-    When a chunk is full, the tokens after its last comma move to the next chunk if they are at most 20. A BREAK ends a
-    chunk. The vectors of one textual inversion stay together.
+    When a chunk is full, the tokens after its last comma move to the next chunk if they are at most 20; not from chunk
+    `last`, where what moved would not be read. A BREAK ends a chunk. The vectors of a textual inversion stay together.
     """
     comma = tokenizer.vocabulary.get("," + WORD_END)
     done: list[Chunk] = []
@@ -99,7 +99,7 @@ def chunked(tokenizer: Tokenizer, pieces: Sequence[Weighted], room: int = 75) ->
                 )
             if unit == [comma]:
                 comma_at = len(chunk)
-            elif len(chunk) == room and comma_at is not None and room - comma_at <= BACKTRACK:
+            elif len(chunk) == room and comma_at is not None and room - comma_at <= BACKTRACK and len(done) + 1 != last:
                 done.append(chunk[: comma_at + 1])
                 chunk, comma_at = chunk[comma_at + 1 :], None
             if len(chunk) + len(unit) > room:

@@ -49,7 +49,9 @@ def captioned_in(folder: Path, say: Callable[[str], None]) -> Iterator[Captioned
             raise UserError(f"{found.path}: {found.fault}", field="pictures")
         texts = found.texts or prompt_in(found.path)
         if texts:
-            yield Captioned(str(found.path.relative_to(folder)), partial(open_picture, found.path), texts)
+            inside = found.path.is_relative_to(folder)
+            name = str(found.path.relative_to(folder) if inside else found.path)
+            yield Captioned(name, partial(open_picture, found.path), texts)
         else:
             without.append(found.path.name)
     if without:

@@ -1,6 +1,5 @@
 """The methods that begin from a loaded model, as jobs: `full`, `lora`, `inversion`, `controlnet`."""
 
-import re
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -26,9 +25,10 @@ from plainsd.train.claim import model_identity, weights_digest
 from plainsd.train.consistency import check_teacher
 from plainsd.train.data.examples import Examples
 from plainsd.train.data.pictures import PictureSet, read_pictures
+from plainsd.train.data.run_data import heldout_folder
 from plainsd.train.data.sources import folder_of
 from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.job import TrainJob
+from plainsd.train.job import EMBEDS, TrainJob, lora_endings, plain_name
 from plainsd.train.methods.controlnet import check_maps, check_start, controlnet
 from plainsd.train.methods.dreambooth import PRIOR_FILE, check_whole_set, make_prior
 from plainsd.train.methods.finetune import FineTune, frozen
@@ -83,9 +83,7 @@ def train_lora(job: TrainJob) -> None:
         )
 
     notes = {"modelspec.title": f"{job.name} (LCM-LoRA)", "modelspec.usage_hint": LCM_FLAGS} if distill else {}
-    endings = {"kohya": ".safetensors", "peft": "-peft.safetensors"}
-    if own.kind != "lora":  # diffusers reads no other kind
-        del endings["peft"]
+    endings = lora_endings(own.kind)
 
     def write(sd: StableDiffusion, mark: str | None) -> None:
         place = job.result(mark)
@@ -108,7 +106,7 @@ def train_inversion(job: TrainJob) -> None:
         raise UserError("method inversion learns a few numbers; leave out --shard")
     if not token:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
-    plain = re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
+    plain = plain_name(token)
 
     def check(sd: StableDiffusion, pictures: PictureSet) -> None:
         check_word(sd, token, first_rows(sd, own.initial, own.vectors, job.options.pace.seed))
@@ -128,7 +126,7 @@ def train_inversion(job: TrainJob) -> None:
     def write(sd: StableDiffusion, mark: str | None) -> None:
         written_down(sd)
         folder, end = (job.out, "") if mark is None else (job.out / "results", f"-{mark}")
-        for dialect, name in (("a1111", plain), ("diffusers", "learned_embeds")):
+        for dialect, name in (("a1111", plain), ("diffusers", EMBEDS)):
             save_embedding(sd, token, folder / f"{name}{end}.safetensors", dialect)
 
     if sd := tuned(job, make, write, check):
@@ -137,7 +135,7 @@ def train_inversion(job: TrainJob) -> None:
             write(sd, None)
         job.say(
             f"{token} in {job.out}: {plain}.safetensors for A1111, which calls it {plain}; "
-            "learned_embeds.safetensors for diffusers"
+            f"{EMBEDS}.safetensors for diffusers"
         )
 
 
@@ -242,7 +240,15 @@ def prior_set(job: TrainJob, sd: StableDiffusion, size: int) -> Examples | None:
         else:
             check_whole_set(folder)
         known, sources = job.out / "cache" / "scanned.json", [folder_of(one) for one in job.options.data]
-        without = (*sources, *filter(None, [job.options.reading.heldout]), job.out)
-        pictures = read_pictures(folder, size, caption=own.prior_prompt, known=known, without=without, say=job.say)
+        without = (*sources, *filter(None, [heldout_folder(job.options)]), job.out)
+        pictures = read_pictures(
+            folder,
+            size,
+            bad_share=job.options.reading.bad_share,
+            caption=own.prior_prompt,
+            known=known,
+            without=without,
+            say=job.say,
+        )
     job.data.compare_pictures("prior", pictures)
     return job.data.examples(sd.vae, pictures)

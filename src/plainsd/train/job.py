@@ -1,6 +1,7 @@
 """What all methods of `plainsd train` share between options and loop: the run's folder, the run."""
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from dataclasses import field as made_by
@@ -56,6 +57,19 @@ OTHER_MODELS = {  # else it has other weights
 }
 
 
+EMBEDS = "learned_embeds"  # diffusers' name of a learned word's file
+
+
+def plain_name(token: str) -> str:
+    """A learned word as a file's name."""
+    return re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
+
+
+def lora_endings(kind: str) -> dict[str, str]:
+    """What a LoRA's files add to the result's name, by naming of layers; diffusers reads plain LoRA alone."""
+    return {"kohya": ".safetensors"} | ({"peft": "-peft.safetensors"} if kind == "lora" else {})
+
+
 @dataclass
 class TrainJob:
     """One call of `plainsd train`, with its options resolved."""
@@ -78,6 +92,18 @@ class TrainJob:
     def result(self, mark: str | None = None) -> Path:
         """Path of the result, without suffix; with a mark such as "step00000500", of an intermediate one."""
         return self.out / self.name if mark is None else self.out / "results" / f"{self.name}-{mark}"
+
+    def result_files(self) -> list[Path]:
+        """Files and folders that the whole result is written to."""
+        options, place = self.options, self.result()
+        if options.method == "vae":
+            return [self.out / "vae"]
+        if options.method == "inversion":
+            return [self.out / f"{name}.safetensors" for name in (plain_name(options.inversion.token or ""), EMBEDS)]
+        if options.method == "lora":
+            return [place.with_name(place.name + ending) for ending in lora_endings(options.lora.kind).values()]
+        file = place.with_name(f"{place.name}.safetensors")
+        return [place, file] if options.method == "controlnet" else [place]
 
     @property
     def save_dtype(self) -> torch.dtype:
@@ -106,10 +132,17 @@ class TrainJob:
         self.options = replace(self.options, pace=replace(self.options.pace, seed=seed))
 
     def check_name(self) -> None:
-        """A whole model is a folder inside the run's, under the same name, and so is a ControlNet; an autoencoder is
-        the folder `vae`."""
+        """UserError where what is to be written would replace what is not of this run. A whole model is a folder inside
+        the run's, under the same name, and so is a ControlNet; an autoencoder is the folder `vae`."""
         alone, marker = self.options.method == "vae", RESULT_FOLDERS.get(self.options.method)
         place = self.out / "vae" if alone else self.result()
+        begun = (self.out / OPTIONS_FILE).is_file()
+        for path in () if begun else self.result_files():
+            if path.exists():
+                raise UserError(
+                    f"{path} is in the way: the result is to be written there, and that is not of this run; remove it, "
+                    "or give another --out"
+                )
         if marker is None:
             return
         if self.name in RUN_FOLDERS and not alone:

@@ -10,12 +10,13 @@ SDXL's vector.
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from plainsd.errors import UserError
-from plainsd.pictures.conditioning import SINUSOID, chunked, encode_prompts, size_vector
+from plainsd.pictures.conditioning import SINUSOID, chunked, cut, encode_chunks, encode_prompts, size_vector
 from plainsd.pictures.model import StableDiffusion
 from plainsd.speed.training import autocast
 from plainsd.text.prompts import Weighted
@@ -66,26 +67,25 @@ class Reader:
     def _encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """(B, M, D), and where the UNet reads it the pooled state (B, P). An empty caption is all zeros to SDXL's base
         model unless the model says otherwise (`Variant.force_zeros`), as it is when pictures are made."""
-        coded = encode_prompts(self.sd, [[Weighted(caption)] for caption in captions])
-        context = self._cut(coded.context)
-        if coded.vector is None:
+        parts = cut(self.sd, [[Weighted(caption)] for caption in captions], partial(chunked, last=self.chunks))
+        read = [[chunks[: self.chunks] for chunks in each] for each in parts]
+        context, pooled = encode_chunks(self.sd, read, clip_skip=1)
+        context = self._padded(context)
+        if self.sd.unet.config.vector is None:
             return context, None
-        config = self.sd.text_encoders[-1].config
-        width = config.projection or config.width
-        pooled = coded.vector[:, :width]
+        width = pooled.shape[1]
         if self.sd.variant.force_zeros and (self.sd.unet.config.vector or 0) - width == 6 * SINUSOID:
             said = torch.tensor([bool(caption) for caption in captions], device=context.device)
             context, pooled = context * said[:, None, None], pooled * said[:, None]
         return context, pooled
 
-    def _cut(self, context: Tensor) -> Tensor:
-        """(B, any length, D) -> (B, M, D): truncated, or padded with an empty caption's states."""
-        length = self.sd.text_encoders[0].config.positions * self.chunks
-        if context.shape[1] < length:
+    def _padded(self, context: Tensor) -> Tensor:
+        """(B, M or less, D) -> (B, M, D), with an empty caption's states."""
+        missing = self.chunks - context.shape[1] // self.sd.text_encoders[0].config.positions
+        if missing:
             empty = encode_prompts(self.sd, [[Weighted("")]]).context
-            missing = (length - context.shape[1]) // empty.shape[1]
             context = torch.cat([context, empty.repeat(len(context), missing, 1)], dim=1)
-        return context[:, :length]
+        return context
 
     def _numbers(self, sizes: Tensor, pooled: Tensor) -> Tensor:
         """SDXL's base model is conditioned on six sizes, its refiner on four and a score."""
@@ -105,6 +105,6 @@ def cut_captions(sd: StableDiffusion, captions: Sequence[str], chunks: int) -> i
         for tokenizer, encoder in zip(sd.tokenizers, sd.text_encoders, strict=True)
     ]
     return sum(
-        any(len(chunked(tokenizer, [Weighted(caption)], room)) > chunks for tokenizer, room in encoders)
+        any(len(chunked(tokenizer, [Weighted(caption)], room, chunks)) > chunks for tokenizer, room in encoders)
         for caption in captions
     )

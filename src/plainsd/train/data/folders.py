@@ -127,9 +127,11 @@ def of_metadata(file: Path, without: Sequence[Path] = (), text_column: str | Non
             mask = folder / row["mask"] if row.get("mask") else None
             map = next((folder / row[key] for key in MAPS if row.get(key)), None)
             one = FoundPicture(folder / row["file_name"], spoken(texts), mask, map)
+            place, *_ = [path.resolve() for path in (one.path, mask, map) if path]  # ValueError for what is no name
         except (ValueError, KeyError, TypeError, AttributeError):
-            one = FoundPicture(folder / f"{file.name} line {number}", fault='not {"file_name": ..., "text": ...}')
-        if not lies_in(one.path.resolve(), without):
+            place = folder / f"{file.name} line {number}"
+            one = FoundPicture(place, fault='not {"file_name": ..., "text": ...}')
+        if not lies_in(place, without):
             yield one
     if text_column and not seen:
         raise UserError(f"{file}: no line has {text_column!r}; name another with --text-column, or leave it out")

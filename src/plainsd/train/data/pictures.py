@@ -248,7 +248,8 @@ def scan(
         if check and not fault:
             entry, fault = _checked(entry, whole)
         if fault:
-            bad.append(f"{entry.name}: {fault}")
+            name = entry.name.encode(errors="backslashreplace").decode()  # of a file, it may be any bytes
+            bad.append(f"{name}: {fault}")
         else:
             entries.append(entry)
     if known and len(whole) > before:
@@ -272,6 +273,8 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
     """The entry with its size, or what is wrong with it. Marks in `whole` are believed, and new ones put there."""
     try:
         mark = entry.mark()
+        if not is_text(mark):
+            return entry, "its name, or that of its mask or map, is not text in UTF-8; rename it"
         if mark not in whole:
             size = entry.open().size
             if min(size) < SMALLEST:
@@ -286,6 +289,14 @@ def _checked(entry: Entry, whole: dict[str, Sequence[int]]) -> tuple[Entry, str 
         return entry, str(error)
     except OSError as error:
         return entry, f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+
+
+def is_text(name: str) -> bool:
+    """Whether a name can be written down: file names may be any bytes."""
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def described(pictures: PictureSet) -> str:

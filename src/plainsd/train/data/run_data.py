@@ -34,6 +34,11 @@ from plainsd.train.processes import World
 ENCODED_AT_ONCE = 2**18  # pixels, where pictures are large
 
 
+def heldout_folder(options: TrainOptions) -> Path | None:
+    """Where the files of --heldout lie, which may be inside other sources."""
+    return folder_of(str(options.reading.heldout)) if options.reading.heldout else None
+
+
 @dataclass
 class RunData:
     """What `options` have a run read."""
@@ -50,18 +55,18 @@ class RunData:
         check_whole_latents(size, vae.factor)
         shape = Framing(data.buckets, multiple=size_multiple(vae)) if data.buckets else Framing()
         framing = replace(shape, crop=data.crop, places=data.places, flip=data.flip)
-        sources = [folder_of(source) for source in self.options.data]
+        sources, held = [folder_of(source) for source in self.options.data], heldout_folder(self.options)
         self._check_columns()
-        found = joined_sets(self._read(source, size, data.heldout, prior) for source in self.options.data)
+        found = joined_sets(self._read(source, size, held, prior) for source in self.options.data)
         pictures = PictureSet(found.items, size, framing, data.shuffle_tags)
         if framing != Framing() and any(item.computed for item in pictures.items):
             raise UserError("captions of emoji scenes say where things are; leave out --buckets, --crop and --flip")
         heldout = None
-        if data.heldout:
+        if held:
             found = self._read(str(data.heldout), size, *sources, prior, heldout=True)
             heldout = PictureSet(found.items, size, shape)
             scenes = str(data.heldout).startswith(SCENE_PREFIX)  # the same file has both
-            if not scenes and data.heldout.resolve() in [source.resolve() for source in sources]:
+            if not scenes and held.resolve() in [source.resolve() for source in sources]:
                 self.world.say(
                     f"--heldout {data.heldout} is trained on too: what is measured with it is not validation"
                 )

@@ -22,7 +22,7 @@ from plainsd.listing import file_named, files_below, lies_in, others, suffix_of
 from plainsd.train.data.folders import METADATA, PLAIN_READING, Reading, first_few, is_picture, kohya_folders, refused
 from plainsd.train.data.pictures import Entry, PictureSet, items_of, scan
 from plainsd.train.data.scenes import SCENE_PREFIX, read_scenes
-from plainsd.train.data.tables import dataset_rows, fetched_rows
+from plainsd.train.data.tables import by_split, dataset_rows, fetched_rows
 
 KOHYA_PREFIX = "kohya:"
 SOURCE = re.compile(r"(.+?)(?::(\d+))?")  # with a number of repeats
@@ -68,6 +68,9 @@ def found_at(
         for named, _, _ in [] if file_named(path, METADATA) else kohya_folders(path)[:1]:
             say(f"{path}: {named.name!r} is read like any folder; with --data 'kohya:{path}' its name counts")
         return items_of(path, reading, repeats, say)
+    parts = by_split(path, files, reading.split)
+    if isinstance(parts, dict) and (apart := len(files) - sum(map(len, parts.values()))):
+        say(f"{path}: {apart} of {len(files)} files are of other splits than {reading.split}, and are left out")
     if reading.stream:
         folder = fetched_rows(place, kind, files, cache, reading)
         return items_of(folder, Reading(reading.caption), repeats, say)

@@ -7,9 +7,11 @@ count, and a column `cond`, or `conditioning_image`, the maps of a ControlNet. W
 as a whole: its first `limit` rows are read one after the other and kept in the cache folder.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -19,14 +21,27 @@ from PIL import Image
 from tqdm import tqdm
 
 from plainsd.disk import written_whole
-from plainsd.errors import UserError
+from plainsd.errors import UserError, shortened
 from plainsd.listing import lies_in, others
 from plainsd.pictures.conditioning import Size
 from plainsd.pictures.images import open_picture
-from plainsd.train.data.folders import MAPS, TEXT_COLUMNS, Reading, spoken
+from plainsd.train.data.folders import MAPS, PICTURES, TEXT_COLUMNS, Reading, spoken
+from plainsd.train.data.pictures import file_mark
 
 PICTURE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "picture", "img")
 MAP_COLUMN = re.compile(rf"({'|'.join(MAPS)})(\.\w+)?", re.IGNORECASE)
+GONE = (400, 401, 403, 404, 410, 451)  # HTTP's answers for what is not there, or not for us
+TAR_END = bytes(1024)  # two empty blocks of 512 bytes
+SPLITS = {
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "testing": "test",
+    "eval": "test",
+    "evaluation": "test",
+}  # other words for them in names of files, as `datasets` has it
+SPLIT_WORD = re.compile(r"(?<![^\W\d_])(train|validation|test|" + "|".join(SPLITS) + r")(?![^\W\d_])", re.IGNORECASE)
 MASK_COLUMN = re.compile(r"mask(\.\w+)?", re.IGNORECASE)  # in tar files with the ending: 0.mask.png
 
 
@@ -105,6 +120,37 @@ class DatasetRow:
 # ---- the table
 
 
+def by_split(place: Path, files: list[str], split: str) -> list[str] | dict[str, list[str]]:
+    """Of a folder's files those of each split that is asked for, where their names say it, such as
+    data/test-00000-of-00001.parquet; all of them where no two splits are named."""
+    named = {file: split_of(Path(file).relative_to(place)) if place.is_dir() else None for file in files}
+    if len({*named.values()} - {None}) < 2:
+        return files
+    asked = {word: SPLITS.get(word, word) for word in re.findall(r"[A-Za-z_]\w*", split)}
+    found = {word: [file for file in files if named[file] == name] for word, name in asked.items()}
+    if missing := [word for word, these in found.items() if not these]:
+        there = ", ".join(sorted({*named.values()} - {None}))
+        raise UserError(f"{place} has no files of split {missing[0]}, but of {there}; give --split one of them")
+    return found
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a file's name, or else that of a folder around it, says."""
+    for part in reversed(file.parts):
+        if found := SPLIT_WORD.findall(part):
+            word = found[-1].lower()
+            return SPLITS.get(word, word)
+    return None
+
+
+def check_whole_tar(file: Path) -> None:
+    """UserError for one that is cut short: `datasets` would read as far as it goes, without a word."""
+    with open(file, "rb") as opened:
+        opened.seek(max(0, file.stat().st_size - len(TAR_END)))
+        if opened.read() != TAR_END:
+            raise UserError(f"{file} is cut short: a tar file ends with {len(TAR_END)} empty bytes; download it again")
+
+
 def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading: Reading, stream: bool):
     """The dataset, with pictures left as bytes; the names of its picture and text columns."""
     try:
@@ -113,6 +159,8 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
         raise UserError(
             "reading parquet files, tar shards and the hub needs the datasets library; pip install 'plainsd[train]'"
         ) from None
+    for file in files if kind == "webdataset" else ():
+        check_whole_tar(Path(file))
     options: dict[str, Any] = {"split": reading.split, "streaming": stream, "cache_dir": str(cache / "datasets")}
     try:
         if kind is None:
@@ -121,14 +169,11 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
         elif kind == "imagefolder":
             table = datasets.load_dataset("imagefolder", data_dir=files[0], **options)
         else:
-            table = datasets.load_dataset(kind, data_files=files, **options)
+            table = datasets.load_dataset(kind, data_files=by_split(Path(place), files, reading.split), **options)
         if table.features is None:  # streams do not always tell before the first row
             table = table._resolve_features()
     except Exception as error:  # builders raise anything on damaged files
-        reason = error.__cause__ or error
-        raise UserError(
-            f"cannot read {place!r}: {' '.join(str(reason).split())[:200]}; check the name and the files"
-        ) from error
+        raise UserError(_unreadable(place, error)) from error
     picture = _column(
         table,
         place,
@@ -154,6 +199,15 @@ def _opened(place: str, kind: str | None, files: list[str], cache: Path, reading
     for column in {picture, _named(table, MASK_COLUMN), _named(table, MAP_COLUMN)} - {None}:
         table = table.cast_column(column, datasets.Image(decode=False))
     return table, picture, text
+
+
+def _unreadable(place: str, error: Exception) -> str:
+    return f"cannot read {place!r}: {said(error.__cause__ or error)}; check the name and the files"
+
+
+def said(error: BaseException) -> str:
+    """An error's words, in one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _column(table, place: str, what: str, wanted: str | None, names: Iterable[str]) -> str:
@@ -224,6 +278,8 @@ def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, re
     columns = {"picture": reading.picture_column, "text": reading.text_column}
     asked = "".join(f"-{what}-{name}" for what, name in columns.items() if name)
     name = re.sub(r"[^\w.-]", "_", f"{place}-{reading.split}-{reading.limit}{asked}")
+    if kind in ("parquet", "webdataset"):  # others under the same names are other pictures
+        name += "-" + hashlib.sha256("\n".join(file_mark(Path(file)) for file in files).encode()).hexdigest()[:16]
     folder = cache / f"stream-{name}"
     if (folder / "whole").is_file():
         return folder
@@ -237,21 +293,47 @@ def fetched_rows(place: str, kind: str | None, files: list[str], cache: Path, re
     table, picture, text = _opened(place, kind, files, cache, reading, stream=True)
     mask, map, rows = _named(table, MASK_COLUMN), _named(table, MAP_COLUMN), table.skip(done).take(reading.limit - done)
     with open(metadata, "a", encoding="utf-8") as file:
-        for number, row in enumerate(tqdm(rows, "fetching pictures", leave=False, disable=None), done):
+        for number, row in enumerate(tqdm(_told(rows, place), "fetching pictures", leave=False, disable=None), done):
             line: dict[str, str | list[str]] = {"text": list(_captions(row[text] if text else None, None))}
             for key, column, end in (("file_name", picture, ""), ("mask", mask, ".mask"), ("cond", map, ".cond")):
                 if cell := row.get(column):
-                    name = f"{number:08d}{end}" + (Path(cell.get("path") or "").suffix or ".png")
-                    (folder / name).write_bytes(cell.get("bytes") or _fetched(cell["path"]))
+                    name = f"{number:08d}{end}" + _ending(cell.get("path") or "")
                     line[key] = name
+                    with suppress(FileNotFoundError):  # the scan says that it is missing
+                        (folder / name).write_bytes(cell.get("bytes") or _fetched(cell["path"], number))
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
     (folder / "whole").touch()
     return folder
 
 
-def _fetched(path: str) -> bytes:
+def _told(rows: Iterable[dict], place: str) -> Iterator[dict]:
+    """The rows. UserError where they break off."""
+    try:
+        yield from rows
+    except Exception as error:  # builders raise anything on damaged files
+        raise UserError(_unreadable(place, error)) from error
+
+
+def _ending(path: str) -> str:
+    """A picture's file ending, as in its path or address."""
+    ending = Path(path.partition("?")[0]).suffix.lower()
+    return ending if ending in PICTURES else ".png"
+
+
+def _fetched(path: str, number: int) -> bytes:
+    """FileNotFoundError for a picture that is not there any more. UserError where it cannot be fetched now."""
     import fsspec
 
-    with fsspec.open(path, "rb") as file:
-        return file.read()
+    try:
+        with fsspec.open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # each kind of place has its own
+        if getattr(error, "status", 500) in GONE:
+            raise FileNotFoundError(path) from error
+        raise UserError(
+            f"cannot fetch the picture of row {number + 1}, {shortened(path, 100)}: {said(error)}; "
+            "run the same command again to go on from there"
+        ) from error
