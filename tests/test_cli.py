@@ -20,7 +20,7 @@ import plainsd
 from plainsd.cli import COMMANDS, main
 from plainsd.commands.adapters import LoraStrengths, chosen_loras, embedding_from_flag, from_flag
 from plainsd.commands.generate import Generate
-from plainsd.commands.grid import axis, set_strengths
+from plainsd.commands.grid import axis, grid_cells, set_strengths
 from plainsd.commands.output import Target
 from plainsd.commands.recorded import check_recorded, with_notes
 from plainsd.commands.remote import prompt_and_loras
@@ -491,6 +491,12 @@ def test_a_refiner_takes_over_and_is_asked_for_again(tmp_path, capsys):
     assert (code, out) == (2, "") and "needs a refiner" in err
 
 
+def test_two_axes_of_the_prompt_replace_different_words():
+    axes = [axis("prompt=red,blue"), axis("prompt=apple,pear")]
+    texts = [prompts for prompts, _ in grid_cells("a red apple", {}, axes)]
+    assert texts == [["a red apple"], ["a blue apple"], ["a red pear"], ["a blue pear"]]
+
+
 def test_a_grid_is_one_labelled_sheet(generate):
     code, out, _ = generate("x", "--grid", "guidance=1,7.5", "--grid", "sampler=ddim,euler,lms")
     assert code == 0 and out.strip().endswith("00001-grid.png")
@@ -616,6 +622,8 @@ WRONG = {
     "apg parallel alone": (["x", "--apg-parallel", "0.5"], "apg parallel has no effect without apg"),
     "grid setting": (["x", "--grid", "speed=1"], "unknown grid setting 'speed'"),
     "grid value": (["x", "--grid", "guidance=high"], "cannot be read"),
+    "two axes of one": (["x", "--grid", "steps=1,2", "--grid", "steps=3,4"], "both axes of the grid are steps"),
+    "two axes of a LoRA": (["x", *["--grid", "lora:ink=0,1"] * 2], "both axes of the grid are lora:ink"),
     "three axes": (["x", *["--grid", "steps=1"] * 3], "one or two axes"),
     "gif": (["x", "--out", "x.gif"], "written as PNG, JPEG or WebP"),
     "format": (["x", "--format", "gif"], "unknown format 'gif'"),

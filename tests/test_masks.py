@@ -95,6 +95,34 @@ def test_the_masked_part_alone_is_drawn_at_the_whole_size(sd):
     assert not where.any()
 
 
+@pytest.mark.parametrize("like", [None, "a1111"])
+@pytest.mark.parametrize(("size", "box"), [((64, 128), (0, 4, 64, 124)), ((200, 64), (4, 0, 196, 64))])
+def test_a_part_of_another_shape_is_padded_and_not_stretched(like, size, box):
+    """The picture has no room for a square part around the mask. As A1111's `images.resize_image(2, ...)` has it, and
+    mode 1 on the way back."""
+    picture = noise_picture(*size)
+    mask = mask_of((box[0], box[1], box[2] - 1, box[3] - 1), size)
+    canvas = canvas_of(picture, mask, (64, 64), MaskOptions(padding=0, like=like))
+    assert canvas.box == box and canvas.image.size == canvas.hole.size == (64, 64)
+    scale = 64 / max(box[2] - box[0], box[3] - box[1])
+    width, height = round((box[2] - box[0]) * scale), round((box[3] - box[1]) * scale)
+    left, top = (64 - width) // 2, (64 - height) // 2
+    part = picture.crop(box).resize((width, height), Image.Resampling.LANCZOS)
+    inner = (left, top, left + width, top + height)
+    assert canvas.image.crop(inner).tobytes() == part.tobytes()
+    edges = np.array(canvas.image)
+    assert (edges[:top] == edges[top]).all() and (edges[:, :left] == edges[:, left, None]).all() and left + top > 10
+    finished = canvas.finished(canvas.image)
+    assert finished.crop(box).tobytes() == part.resize((box[2] - box[0], box[3] - box[1]), 1).tobytes()
+    beside = canvas.part_of(picture)
+    assert np.abs(np.array(beside, int) - np.array(canvas.image, int)).mean() < 8  # a map of the same picture
+
+
+def test_a_part_of_about_the_same_shape_fills_all():
+    canvas = canvas_of(noise_picture(101, 67), mask_of((0, 0, 100, 66), (101, 67)), (96, 64), MaskOptions(padding=0))
+    assert canvas.image.tobytes() == noise_picture(101, 67).resize((96, 64), Image.Resampling.LANCZOS).tobytes()
+
+
 def test_what_lies_under_the_mask_counts_below_full_strength(sd, monkeypatch):
     seen, known = [], drawing.Known
     monkeypatch.setattr(drawing, "Known", lambda *args: seen.append(args) or known(*args))

@@ -74,7 +74,9 @@ def test_an_upscaler_is_found_in_any_capitals_and_recorded_by_its_own_name(typed
     assert pictures.settings[0].upscaler == name and pictures.images[0].size == (96, 96)
 
 
-@pytest.mark.parametrize(("steps", "strength", "whole"), [(4, 0.5, 8), (3, 0.7, 4), (5, 1.0, 5), (2, 0.999, 2)])
+@pytest.mark.parametrize(
+    ("steps", "strength", "whole"), [(4, 0.5, 8), (3, 0.7, 4), (5, 1.0, 5), (2, 0.999, 2), (3, 0.3, 10), (1, 0.7, 1)]
+)
 def test_steps_of_its_own_all_run(sd, steps, strength, whole):
     """They are the last of a longer drawing, as long as the strength says."""
     _, ends, sigmas = drawn(sd, hires_steps=steps, strength=strength)

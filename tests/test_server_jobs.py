@@ -152,6 +152,24 @@ def test_without_a_seed_each_job_draws_one_and_keeps_it(opened):
     assert ask(service).settings[0].seed != ask(service).settings[0].seed
 
 
+def test_a_seed_of_0_is_read_from_a_file(opened):
+    service = opened()
+    row = service.store.picture(ended(ask(service, seed=0)).picture_id(0))
+    told = settings_in_file(service.store.path(row).read_bytes(), service.limits, service.models)
+    assert told["seed"] == 0
+
+
+def test_a_grid_of_one_setting_twice_is_refused(opened):
+    with pytest.raises(APIError, match="both axes of the grid are steps"):
+        ask(opened(start=False), grid=[{"name": "steps", "values": [1, 2]}, {"name": " steps", "values": [3, 4]}])
+
+
+def test_a_grid_of_a_switch(opened):
+    values = [True, False, "true", "off"]
+    cells = ask(opened(start=False), grid=[{"name": "tiling", "values": values}])
+    assert [one.tiling for one in cells.settings] == [True, False] * 2
+
+
 def test_a_grid_is_its_cells_and_a_sheet(opened):
     service = opened(batch=3)
     job = ended(

@@ -105,6 +105,22 @@ def test_edit_inside_the_transparent_part(client, sd):
     assert alike(from_base64(whole.b64_json), plainsd.final(plainsd.image_to_image(sd, "a hat", image, 0.5, seed=4))[0])
 
 
+def test_an_edit_of_another_shape_is_cropped(client, sd):
+    """Clients send one of a few sizes, whatever the picture's shape."""
+    image = noise_picture(96, 64)
+    middle = image.crop((16, 0, 80, 64))
+    one = client.images.edit(image=("a.png", png_bytes(image)), prompt="a hat", size="64x64",
+                             extra_body={"seed": 4, "strength": 0.5}).data[0]  # fmt: skip
+    expected = plainsd.final(plainsd.image_to_image(sd, "a hat", middle, 0.5, seed=4))[0]
+    assert alike(from_base64(one.b64_json), expected)
+    image.putalpha(Image.new("L", image.size, 255))
+    image.paste((0, 0, 0, 0), (32, 16, 64, 48))
+    one = client.images.edit(image=("a.png", png_bytes(image)), prompt="a hat", size="64x64", extra_body={"seed": 4})
+    drawn = from_base64(one.data[0].b64_json)
+    assert drawn.crop((0, 0, 64, 16)).tobytes() == middle.crop((0, 0, 64, 16)).tobytes()
+    assert not alike(drawn.crop((16, 16, 48, 48)), middle.crop((16, 16, 48, 48)))
+
+
 def test_strength_0_of_an_edit_is_not_1(client, sd):
     picture = Image.new("RGBA", (64, 64), "red")
     picture.paste((0, 0, 0, 0), (16, 16, 48, 48))

@@ -11,10 +11,11 @@ import requests
 from serving import model_folder, open_service, served
 
 from plainsd.cli import main
-from plainsd.commands.serve import Serve
+from plainsd.commands.serve import Serve, url
 from plainsd.errors import UserError
 from plainsd.server.api import security
 from plainsd.server.api.security import COOKIE, Hosts, is_loopback
+from plainsd.server.client import Remote
 
 TOKEN = "correct horse battery".replace(" ", "-")
 
@@ -249,6 +250,11 @@ def test_fastapi_is_imported_only_when_serving():
         "import sys, plainsd.cli, plainsd.commands.serve; sys.exit('fastapi' in sys.modules or 'torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_any_token_goes_into_an_address():
+    token = "pJ7+x/Qe1Zk9+aaa==#&%41"
+    assert Remote(url("127.0.0.1", 7860, token)).token == token
 
 
 @pytest.mark.parametrize(("host", "opens"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("192.0.2.7", "192.0.2.7")])

@@ -19,6 +19,7 @@ from plainsd.commands.grid import (
     axis_names,
     by_setup,
     cell_by_cell,
+    check_axes,
     check_sheet_side,
     checked_sizes,
     grid_cells,
@@ -88,6 +89,7 @@ class Generate(GenerateFlags):
                 "a grid takes one or two axes and a single prompt; leave out --count, or give fewer --grid",
                 field="grid",
             )
+        check_axes([one.name for one in axes])
         for name in NOT_COMPILED if self.compile else ():
             if choices.get(name) or any(one.name == name for one in axes):
                 raise UserError(f"--{name} cannot be combined with --compile; leave one of them out", field=name)

@@ -82,20 +82,30 @@ def axis_names(texts: Sequence[str]) -> set[str]:
 def grid_cells(prompt: str, choices: dict, axes: list[GridAxis]) -> Iterator[tuple[list[str], dict]]:
     """The prompt and the settings of each cell, row by row: the first axis gives the columns, the second the rows."""
     for values in product(*(one.values for one in reversed(axes))):
-        cell = dict(zip((one.name for one in reversed(axes)), values, strict=True))
-        yield [replaced(prompt, axes, cell.pop(PROMPT_AXIS, None))], choices | cell
+        chosen = [*zip(axes, reversed(values), strict=True)]
+        drawn = prompt
+        for one, value in chosen:
+            if one.name == PROMPT_AXIS:
+                drawn = replaced(drawn, one.values[0], value)
+        yield [drawn], choices | {one.name: value for one, value in chosen if one.name != PROMPT_AXIS}
 
 
-def replaced(prompt: str, axes: list[GridAxis], value: str | None) -> str:
-    """The prompt with the prompt axis's first value replaced by `value`."""
-    if value is None:
-        return prompt
-    (first,) = (one.values[0] for one in axes if one.name == PROMPT_AXIS)
+def replaced(prompt: str, first: str, value: str) -> str:
+    """The prompt with a prompt axis's first value replaced by `value`."""
     if first not in prompt:
         raise UserError(
             f"grid prompt={first},...: {first!r} is not in the prompt; begin with words that are", field="grid"
         )
     return prompt.replace(first, value)
+
+
+def check_axes(names: Sequence[str]) -> None:
+    """UserError for two axes of one setting. Two of the prompt replace different words."""
+    for name in names:
+        if name != PROMPT_AXIS and names.count(name) > 1:
+            raise UserError(
+                f"both axes of the grid are {name}; give one with all its values, or another setting", field="grid"
+            )
 
 
 Setup = tuple[str | None, tuple[tuple[str, float], ...]]  # a model, and names and strengths of LoRAs

@@ -18,6 +18,7 @@ from plainsd.commands.control import asked_controls, check_control_flags
 from plainsd.commands.flags import GenerateFlags
 from plainsd.commands.image_prompt import asked_image_prompts, check_image_prompt_flags
 from plainsd.commands.recorded import NOISE, words_in
+from plainsd.commands.tasks import drop_idle_strength
 from plainsd.commands.texts import TEXTS_BESIDE
 from plainsd.errors import UserError
 from plainsd.listing import suffix_of
@@ -115,6 +116,8 @@ def jobs_of(
     from plainsd.commands.adapters import from_flag
     from plainsd.commands.grid import axis
 
+    choices = dict(choices)
+    drop_idle_strength(command, choices)
     shared = {name: value for name, value in choices.items() if name not in NOT_FIELDS}
     for name in ("model", "refiner", "outpaint"):
         shared[name] = getattr(command, name) or choices.get(name)

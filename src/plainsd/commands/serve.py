@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
+from urllib.parse import quote
 
 from tyro.conf import OmitArgPrefixes, UseAppendAction
 
@@ -245,7 +246,7 @@ class Serve:
 def url(host: str, port: int, token: str | None) -> str:
     """The page's address, with the token if there is one."""
     host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}/{f'?token={token}' if token else ''}"
+    return f"http://{host}:{port}/{'?token=' + quote(token, safe='') if token else ''}"
 
 
 def own_address() -> str:

@@ -14,6 +14,12 @@ from plainsd.listing import hidden, suffix_of
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
+def drop_idle_strength(command: GenerateFlags, choices: dict) -> None:
+    """Removes the strength 0 of a text by A1111's API before 1.6, which wrote its default where there is no picture."""
+    if not command.image and command.strength is None and choices.get("strength") == 0:
+        del choices["strength"]
+
+
 def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
     """Functions (sd, prompts, **choices) -> events, one for each picture if --image is a folder. Removes what they bind
     from `choices`."""
@@ -25,8 +31,7 @@ def tasks_of(command: GenerateFlags, choices: dict) -> list[Callable]:
             f"{'--mask' if command.mask else 'outpainting'} needs a picture; give it with --image", field="image"
         )
     axes = axis_names(command.grid)
-    if not command.image and command.strength is None and choices.get("strength") == 0:
-        del choices["strength"]  # of a text by A1111's API before 1.6, which wrote its default
+    drop_idle_strength(command, choices)
     if not (command.image or choices.get("hires") or "hires" in axes):
         if choices.get("strength") is not None or "strength" in axes:
             raise UserError(

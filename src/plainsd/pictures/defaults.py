@@ -117,7 +117,8 @@ def with_second_pass(sd: StableDiffusion, settings: Settings, whole: Resolved) -
         "guidance": settings.guidance if settings.hires_guidance is None else settings.hires_guidance,
     }
     again = resolved(sd, replace(second_pass(whole), **wanted))
-    levels_of(sd, again, on_picture=True, second_pass=True)  # raises likewise
+    steps = replace(again, hires_steps=whole.hires_steps)  # all of which run
+    levels_of(sd, steps, on_picture=True, second_pass=True)  # raises likewise
     own = settings.hires_sampler or settings.hires_spacing
     kept = settings.hires_guidance is None and again.guidance == whole.guidance
     return replace(whole, hires_spacing=again.spacing if own else None, hires_guidance=None if kept else again.guidance)

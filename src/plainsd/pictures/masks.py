@@ -70,7 +70,7 @@ def canvas_of(image: Image.Image, mask: Image.Image, size: tuple[int, int], how:
         )
     if how.padding is not None:
         box = box_around(alpha, how.padding, size)
-        part, levels = resized(image.crop(box), size), resized(alpha.crop(box), size)
+        part, levels = (in_place(one.crop(box), size) for one in (image, alpha))
         hole = levels if how.soft or how.rounded else hole_of(levels)
         canvas = Canvas(part, hole, image, hole_of(alpha) if how.soft else alpha, box)
     elif how.rounded:
@@ -175,10 +175,30 @@ def widened(start: int, end: int, length: int, room: int) -> tuple[int, int]:
 
 
 def part_in_box(picture: Image.Image, whole: tuple[int, int], box: Box, size: tuple[int, int]) -> Image.Image:
-    """The part of a picture of any mode and size that lies in `box` once it is scaled to `whole`; itself at `size`."""
+    """The part of a picture of any mode and size that lies in `box` once it is scaled to `whole`; itself at `size`,
+    padded with its edges' colours where it has another shape."""
     across, down = picture.width / whole[0], picture.height / whole[1]
     own = box[0] * across, box[1] * down, box[2] * across, box[3] * down
-    return to_rgb(picture, background="black").resize(size, Image.Resampling.LANCZOS, own)
+    left, top, right, bottom = place_of(box, size)
+    part = to_rgb(picture, background="black").resize((right - left, bottom - top), Image.Resampling.LANCZOS, own)
+    return padded(part, size)
+
+
+def in_place(part: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A part of a picture in one of this size, padded likewise."""
+    left, top, right, bottom = place_of((0, 0, *part.size), size)
+    return padded(resized(part, (right - left, bottom - top)), size)
+
+
+def place_of(box: Box, size: tuple[int, int]) -> Box:
+    """Where a part of a picture lies in one of this size: in its middle, as large as its shape lets it be; all over it
+    where the shapes differ by rounding alone."""
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = min(size[0] / width, size[1] / height)
+    across, down = size[0] - max(1, round(width * scale)), size[1] - max(1, round(height * scale))
+    if max(across, down) <= 1:
+        across = down = 0
+    return across // 2, down // 2, size[0] - (across - across // 2), size[1] - (down - down // 2)
 
 
 def resized(
@@ -191,17 +211,23 @@ def resized(
     if how == "crop":
         return ImageOps.fit(image, size, resample)
     if how == "fill":
-        inner = ImageOps.contain(image, size, resample)
-        across, down = size[0] - inner.width, size[1] - inner.height
-        pad = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
-        pixels = np.array(inner)
-        return Image.fromarray(np.pad(pixels, pad[: pixels.ndim], mode="edge"))
+        return padded(ImageOps.contain(image, size, resample), size)
     return image if image.size == size else image.resize(size, resample)
+
+
+def padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in the middle of one of this size, around it its edges' colours."""
+    across, down = size[0] - image.width, size[1] - image.height
+    pad = ((down // 2, down - down // 2), (across // 2, across - across // 2), (0, 0))
+    pixels = np.array(image)
+    return Image.fromarray(np.pad(pixels, pad[: pixels.ndim], mode="edge")) if across or down else image
 
 
 def pasted(drawn: Image.Image, base: Image.Image, alpha: Image.Image, box: Box | None) -> Image.Image:
     """The new picture pasted into the old one."""
     whole = base.copy()
+    if box:
+        drawn = drawn.crop(place_of(box, drawn.size))
     box = box or (0, 0, *base.size)
     whole.paste(resized(drawn, (box[2] - box[0], box[3] - box[1])), box[:2])
     return Image.composite(whole, base, alpha)

@@ -113,6 +113,9 @@ def cells(request: JobRequest) -> list[dict[str, Any]]:
         except (ValueError, OverflowError):
             message = f"grid {axis.name} has a value that cannot be read; give numbers such as 3, 5, 7"
             raise APIError(422, message, "grid", axis.values) from None
+    named = [pairs[0][0] for pairs in axes]
+    if twice := {name for name in named if named.count(name) > 1}:
+        raise APIError(422, f"both axes of the grid are {min(twice)}; choose another setting for one", "grid")
     return [dict(pairs) for pairs in product(*reversed(axes))]
 
 

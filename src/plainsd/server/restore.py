@@ -96,7 +96,9 @@ def settings_in_file(content: bytes, limits: Limits, models: Models) -> dict:
         name: without_tags(text)[0] for name in SECOND_PASS_PROMPTS if (text := getattr(settings, name))
     }
     settings = replace(settings, **exact_seeds(settings), **again)
-    said = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] and name != "prompt"}
+    # a seed of 0 is said too: a request without any draws a random one
+    kept = {name: value for name, value in vars(settings).items() if value != DEFAULTS[name] or name == "seed"}
+    said = {name: value for name, value in kept.items() if name != "prompt"}
     taken = REQUEST_FIELDS - unavailable_fields(settings, models)
     unused = [(key, show(said[name])) for key, name, _, show in FIELDS if name in said and name not in taken]
     unused += [("Sampler", settings.sampler)] if settings.sampler and "sampler" not in taken else []

@@ -127,7 +127,7 @@ class Axis(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     name: Name = Field(description="a setting, such as guidance, steps, seed or sampler")
-    values: list[Name | int | float] = Field(min_length=1)
+    values: list[Name | bool | int | float] = Field(min_length=1)
 
 
 class JobRequest(BaseModel):

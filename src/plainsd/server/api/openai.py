@@ -166,14 +166,14 @@ def edit_canvas(wanted: JobRequest, content: bytes, mask: bytes | None, service:
     size = wanted.size or image.size
     check_pixels(size, service.limits)
     hole = ImageChops.invert(window.getchannel("A")).point(lambda level: 255 if level >= 128 else 0)
-    whole = resized(image.convert("RGB"), size)
+    whole = resized(image.convert("RGB"), size, "crop")  # clients send one of a few sizes, whatever the picture's
     if hole.getbbox() is None:
         if mask is not None:
             raise APIError(422, "mask has no transparent part, so nothing would be drawn; make it transparent where "
                           "the picture is to change", "mask")  # fmt: skip
         return InitImages(whole)
     wanted.strength = 1.0 if wanted.strength is None else wanted.strength
-    return InitImages(whole, hole.resize(size))
+    return InitImages(whole, resized(hole, size, "crop"))
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
