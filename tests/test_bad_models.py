@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_models import CPU, FAMILIES, model, without_notes
 
-from plainsd.checkpoint import load, save
+from plainsd.checkpoint import load, save, save_vae
 from plainsd.cli import main
 from plainsd.disk import whole_folder, written_whole
 from plainsd.errors import UserError
@@ -301,12 +301,35 @@ def test_what_lies_beside_a_model_is_kept_when_it_is_saved_again(tmp_path):
     (place / "notes").mkdir()
     (place / "notes" / "a.txt").write_text("mine")
     (place / "README.md").write_text("of this model")
+    others = [place / name for name in ("model_final.safetensors", "models.json", "model-v2.safetensors")]
+    for file in others:
+        file.write_text("mine")
+    (place / "image_encoder").mkdir()
+    (place / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_text("of the old one")
     (place / "unet" / "old.txt").write_text("of the old one")
     (place / "link").symlink_to("README.md")
     save(sd, place)
     assert (place / "notes" / "a.txt").read_text() == "mine" and (place / "link").read_text() == "of this model"
+    assert all(file.read_text() == "mine" for file in others) and (place / "image_encoder").is_dir()
+    assert not (place / "unet" / "diffusion_pytorch_model.fp16.safetensors").exists()
     assert (place / "link").is_symlink() and not (place / "unet" / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_part_does_not_take_the_place_of_a_model_nor_of_another_part(tmp_path):
+    sd, place = model("sd1"), tmp_path / "m"
+    save(sd, place)
+    before = sorted(place.rglob("*"))
+    with pytest.raises(
+        UserError, match="m is the folder of a whole model, and not of AutoencoderKL; choose another place"
+    ):
+        save_vae(sd.vae, place, sd.variant)
+    with pytest.raises(UserError, match="unet is the folder of UNet2DConditionModel, and not of AutoencoderKL"):
+        save_vae(sd.vae, place / "unet", sd.variant)
+    with pytest.raises(UserError, match="vae is the folder of AutoencoderKL, and not of a whole model"):
+        save(sd, place / "vae")
+    assert sorted(place.rglob("*")) == before
+    save_vae(sd.vae, place / "vae", sd.variant)
 
 
 def test_a_file_behind_a_link_is_written_there(tmp_path):

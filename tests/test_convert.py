@@ -286,11 +286,18 @@ def test_parts_that_are_not_written_are_not_named(tmp_path):
     save(model("sd1"), tmp_path / "m")
     index = json.loads((tmp_path / "m" / "model_index.json").read_text())
     index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
-              "feature_extractor": ["transformers", "CLIPImageProcessor"]}  # fmt: skip
+              "feature_extractor": ["transformers", "CLIPImageProcessor"],
+              "controlnet": ["diffusers", "ControlNetModel"],
+              "_class_name": "StableDiffusionControlNetPipeline"}  # fmt: skip
     (tmp_path / "m" / "model_index.json").write_text(json.dumps(index))
     convert(tmp_path / "m", tmp_path / "other", "diffusers")
     written = json.loads((tmp_path / "other" / "model_index.json").read_text())
-    assert written["safety_checker"] == written["feature_extractor"] == [None, None]
+    assert written["safety_checker"] == written["feature_extractor"] == written["controlnet"] == [None, None]
+    assert written["_class_name"] == "StableDiffusionPipeline" and written["scheduler"][0] == "diffusers"
+    (tmp_path / "m" / "controlnet").mkdir()
+    (tmp_path / "m" / "controlnet" / "config.json").write_text("{}")
+    convert(tmp_path / "m", tmp_path / "m", "diffusers")
+    assert (tmp_path / "m" / "controlnet" / "config.json").is_file()  # in place it is not lost
     assert written["unet"] == ["diffusers", "UNet2DConditionModel"]
 
 

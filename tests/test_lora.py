@@ -967,6 +967,11 @@ def renamed(prefix):
 
 BAD = {
     "no LoRA": ({"model.diffusion_model.x": torch.zeros(1)}, "is not an adapter of a known kind.*tell of a UNet"),
+    "an OFT without sides": ({f"{KEY}.oft_blocks": torch.tensor(1.0)}, "do not make a change of the weight"),
+    "a LoKr of a vector": (
+        {f"{KEY}.lokr_w1": torch.zeros(4), f"{KEY}.lokr_w2": torch.zeros(8, 8, 1, 1)},
+        "do not make a change of the weight",
+    ),
     "an OFT of no shape": ({f"{KEY}.oft_blocks": torch.zeros(2, 2)}, "do not make a change of the weight"),
     "half a LoHa": ({f"{KEY}.hada_w1_a": torch.zeros(2, 2)}, "1 of its 1 names have no place"),
     "a LoHa for another": (

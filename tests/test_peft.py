@@ -302,6 +302,18 @@ def test_an_alpha_that_is_assumed_is_said(unet, sd, tmp_path, kind):
     assert {adapter.scale for adapter in lora.adapters.values()} == {1.0}
 
 
+def test_a_scale_of_whole_factors_is_in_the_file(unet, sd, tmp_path):
+    """No reader takes the alpha of a LoKr whose factors are both whole: LyCORIS, A1111, ComfyUI."""
+    saved(unet, SCALED["LoKr"], tmp_path / "theirs")
+    first = add_lora(sd, tmp_path / "theirs")
+    assert {adapter.scale for adapter in first.adapters.values()} == {7 / 64}
+    plainsd.save_lora(sd, tmp_path / "x.safetensors", lora=first, dtype=torch.float64)
+    again = add_lora(sd, tmp_path / "x.safetensors")
+    for place, adapter in again.adapters.items():
+        weight = torch.zeros(adapter.shape, dtype=torch.float64)
+        same(adapter.change(weight), first.adapters[place].change(weight), 1e-12)
+
+
 def test_no_alpha_is_missed_in_the_files_of_others(unet, sd, tmp_path):
     """Old ones of diffusers have none, as it is the rank; its new ones have settings, kohya's the alphas themselves."""
     saved(unet, SCALED["LoRA"], tmp_path / "peft")

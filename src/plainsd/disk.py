@@ -257,13 +257,15 @@ def whole_folder(target: Path) -> Iterator[Path]:
     target = Path(os.path.realpath(target)) if target.is_symlink() else target  # the link stays
     sweep_drafts(target.parent)
     empty = target.is_dir() and not any(target.iterdir())
-    if target.exists() and not empty and not is_model_folder(target):
+    if target.exists() and not empty and kind_of(target) is None:
         raise UserError(f"{target} exists and is not a model folder; choose another place")
     draft, old = draft_name(target), draft_name(target, "old")
     try:
         with refusals(target, draft):
             draft.mkdir(parents=True)
             yield draft
+            if not empty and len({*(kind := (kind_of(target), kind_of(draft)))} - {None}) > 1:
+                raise UserError(f"{target} is the folder of {kind[0]}, and not of {kind[1]}; choose another place")
             for path in draft.rglob("*"):
                 if path.is_file():
                     flush(path)
@@ -284,23 +286,25 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 OF_MODELS = re.compile(  # names in folders of models and parts
-    r"unet|vae|scheduler|controlnet|safety_checker|feature_extractor|image_encoder|(text_encoder|tokenizer)(_\d)?"
+    r"unet|vae|scheduler|safety_checker|feature_extractor|(text_encoder|tokenizer)(_\d)?"
     r"|(model_index|config|preview|(tokenizer|preprocessor|added_tokens|special_tokens|vocab|merges)\w*)\.(json|txt)"
-    r"|(diffusion_pytorch_|pytorch_)?model.*\.(safetensors|bin|json)|leftovers\.safetensors"
+    r"|(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?(\.(fp16|bf16|fp32|ema|non_ema))?(-\d+-of-\d+)?"
+    r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?|leftovers\.safetensors"
 )
+WHOLE = "a whole model"
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Whether a model, or a part of one, lies there in diffusers' or transformers' layout. Other programs have a
-    config.json too."""
+def kind_of(folder: Path) -> str | None:
+    """What lies there in diffusers' or transformers' layout: WHOLE, or the class of a part. None for something else:
+    other programs have a config.json too."""
     for name, marks in (("model_index.json", ("_class_name", "unet")), ("config.json", ("_class_name",))):
         try:
             content = parsed_json((folder / name).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(content, dict) and any(mark in content for mark in marks):
-            return True
-    return False
+            return str(content["_class_name"]) if name == "config.json" else WHOLE
+    return None
 
 
 def linked_copy(path: Path, copy: Path) -> None:

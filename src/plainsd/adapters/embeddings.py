@@ -311,7 +311,8 @@ def fitting(sd: StableDiffusion, path: Path, found: Mapping[str, Tensor]) -> lis
 
 def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: str = "a1111") -> None:
     """Writes a learned word: .safetensors in both dialects, or .pt for A1111 and .bin for diffusers. A1111, and both
-    with SDXL, name it after the file; plainsd keeps the word. The file is written whole or not at all."""
+    with SDXL, name it after the file; plainsd keeps the word, but in SDXL's .pt. The file is written whole or
+    not at all."""
     if dialect not in DIALECTS:
         raise unknown("embedding dialect", dialect, DIALECTS)
     path, pickled = Path(path), {"a1111": ".pt", "diffusers": ".bin"}[dialect]
@@ -333,8 +334,8 @@ def save_embedding(sd: StableDiffusion, token: str, path: str | Path, dialect: s
             WORD_KEY: token,
         }
         content |= {"step": 0, "sd_checkpoint": None, "sd_checkpoint_name": None}
-    else:  # diffusers takes the key of a lone entry as the word: there must be no other entry
-        content = table | {WORD_KEY: token} if xl else table
+    else:  # diffusers takes the key of a lone entry as the word, and A1111 every entry of SDXL's for a tensor
+        content = table | {WORD_KEY: token} if xl and suffix_of(path) == ".bin" else table
     with written_whole(path) as draft:
         if suffix_of(path) == ".safetensors":
             write_safetensors(draft, {key: stored(rows) for key, rows in table.items()}, {WORD_KEY: token})

@@ -253,7 +253,7 @@ def check_shapes(file: TensorFile, model: Adaptable, base: nn.Module, parts: Map
             factors = {part: torch.empty(shapes[part], device="meta") for part in parts}
             made = made_of(kind, factors, weight, PeftSettings(file), parts[others[0]])
             reshaped(made.change(torch.empty(weight.shape, device="meta")), weight.shape)
-    except (RuntimeError, ValueError, ArithmeticError) as error:
+    except (RuntimeError, ValueError, ArithmeticError, IndexError) as error:
         if isinstance(error, UserError):
             raise
         raise misfit(

@@ -99,9 +99,12 @@ def low_rank_tensors(adapter: LowRank, part: str, naming: str, *, conv: bool) ->
 
 
 def lycoris_tensors(adapter: Hadamard | Kronecker, *, conv: bool) -> dict[str, Tensor]:
-    """Factors are matrices for convolutions too; LoKr's whole second one has the kernel's sides."""
+    """Factors are matrices for convolutions too; LoKr's whole second one has the kernel's sides. Where both of LoKr's
+    are whole no reader takes its alpha, and the first one has the scale, which PEFT's files may set."""
     prefix = {Hadamard: "hada_", Kronecker: "lokr_"}[type(adapter)]
     factors = {name: factor for name, factor in adapter.named_parameters() if name not in ("magnitude", "bias")}
+    if {"w1", "w2"} <= factors.keys() and adapter.scale != 1:
+        factors["w1"] = factors["w1"] * adapter.scale
     if conv and "w2" in factors and factors["w2"].ndim == 2:
         factors["w2"] = factors["w2"][:, :, None, None]
     return {prefix + name: factor for name, factor in factors.items()}

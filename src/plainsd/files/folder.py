@@ -32,6 +32,7 @@ from plainsd.models.clip import TextEncoder
 PREVIEW = "preview.json"  # latents to rough RGB, see pictures/previews.py
 LEFTOVERS = "leftovers.safetensors"  # tensors of a single file that have no place in a folder, kept for a round trip
 UNUSED_PARTS = ("safety_checker", "feature_extractor", "image_encoder")  # in public folders, but not part of the model
+OF_NETS = re.compile("ControlNet(Union)?|Adapter")  # in names of pipelines with a part that is not of the model
 STEMS = ("diffusion_pytorch_model", "model")
 PICKLE_STEMS = ("diffusion_pytorch_model", "pytorch_model")
 VARIANT_FILE = re.compile(
@@ -203,7 +204,11 @@ def agreeing(text: str) -> str:
 def index_text(text: str, contents: Contents) -> str:
     """model_index.json without the parts that are not written, and with the tensor-name spellings of other layouts."""
     index = parsed_json(text)
-    index |= {name: [None, None] for name in UNUSED_PARTS if name in index}
+    written = {*contents.networks, *(path.split("/")[0] for path in contents.texts)}
+    for name, entry in index.items():
+        if isinstance(entry, list) and (name in UNUSED_PARTS or name not in written):
+            index[name] = [None, None]
+    index |= {name: OF_NETS.sub("", str(index[name])) for name in ("_class_name",) if name in index}
     others = [note for note in contents.spellings if not note.startswith("diffusers ")]
     if others:
         index[NOTE] = (index.get(NOTE) or {}) | {"spellings": others}

@@ -66,7 +66,7 @@ def train_lora(job: TrainJob) -> None:
         to_adapt(sd, own.rank, own.rank if own.alpha is None else own.alpha, text=own.text_encoder, **where)
         if own.dora:
             others = "; diffusers/PEFT read it as it is" if own.kind == "lora" else ""
-            job.say(f"A1111 reads dora_scale by columns and draws such a file otherwise{others}")
+            job.say(f"A1111, ComfyUI and Forge reckon with dora_scale otherwise, and draw other pictures{others}")
 
     def make(sd: StableDiffusion, examples: Examples, shared: dict) -> FineTune:
         return lora(
