@@ -265,7 +265,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
         ("if 0 < gpus < LEAST_GPU or gpus > 1", "if gpus > 1", "test_cluster.py::test_wrong_flags_are_one_line"),
     ],
     "server/api/a1111_control.py": [
-        ('made.cropped = unit.get("resize_mode") not in STRETCHED', "made.cropped = False",
+        ('made.resize = "stretch" if unit.get("resize_mode") in STRETCHED else "crop"', 'made.resize = "stretch"',
          "test_server_control.py::test_a_map_of_another_shape_is_cropped_as_there"),
     ],
     "server/api/a1111_names.py": [
@@ -834,7 +834,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_generate.py::test_count_repeats_each_prompt_and_counts_seeds"),
     ],
     "pictures/conditioning.py": [
-        ("room - comma_at <= BACKTRACK:", "room - comma_at < BACKTRACK:", "test_conditioning.py::test_cutting"),
+        ("room - comma_at <= BACKTRACK", "room - comma_at < BACKTRACK", "test_conditioning.py::test_cutting"),
         ("return states.hidden[-max(clip_skip, 2)]", "return states.hidden[-clip_skip]",
          "test_conditioning.py::test_sdxl_equals_diffusers"),
         ("after = after * torch.where((ratio >= 1 / most) & (ratio <= most), ratio, 1.0)", "after = after * ratio",
@@ -1512,7 +1512,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_train.py::test_latents_are_disturbed_by_each_pictures_own_strength"),
     ],
     "server/controls.py": [
-        ("map = cropped(map, whole)", "map = cropped(map, size)",
+        ("base.part_of(map, unit.resize)", "base.part_of(map)",
          "test_server_control.py::test_a_map_of_another_shape_is_cropped_as_there"),
         ('raise APIError(422, f"{where}: {error}", field, error.value, entry=number)',
          'raise APIError(422, f"{where}: {error}", field, error.value)',
@@ -1729,7 +1729,7 @@ FAULTS: dict[str, list[tuple[str, str, str]]] = {
          "test_sheets.py::test_a_sheet_that_cannot_be_is_refused_before_anything_is_drawn"),
         ("on.setdefault(lora.called, [])", 'on.setdefault(lora.name.removeprefix("lora_"), [])',
          "test_cli.py::test_strengths_of_a_grid_are_set_by_the_loras_own_names"),
-        ("zip((one.name for one in reversed(axes)), values", "zip((one.name for one in axes), values",
+        ("zip(axes, reversed(values), strict=True)", "zip(axes, values, strict=True)",
          "test_cli.py::test_a_grid_is_one_labelled_sheet"),
     ],
     "commands/remote.py": [

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from conftest import tiny_sd
 from PIL import Image
-from serving import alike, from_base64, model_folder, open_service, served
+from serving import alike, base64_of, from_base64, model_folder, open_service, served
 from test_control_pictures import picture_of, tiny_net
 
 import plainsd
+from plainsd.commands.flags import GenerateFlags
+from plainsd.commands.remote import control_fields
 from plainsd.generate import final, text_to_image
 from plainsd.pictures.images import read_settings
 from plainsd.pictures.preprocess import preprocessed
@@ -85,6 +87,35 @@ def test_a_job_follows_its_maps(server, folder):
     file = base64.b64encode(png_of(server, job["images"][0]).getvalue()).decode()
     told = server.post("/api/settings", {"image": file}).json()
     assert told["controls"] == units and told["unused"] == []
+
+
+@pytest.mark.parametrize("how", ["crop", "fill"])
+def test_a_map_of_another_shape_gets_the_pictures_as_asked(server, folder, how):
+    wide = picture_of(0).resize((128, 64))
+    job = server.drawn(prompt="a", seed=3, steps=3, controls=[UNIT | {"image": base64_of(wide), "resize": how}])
+    sd = plainsd.load(folder / "tiny", device="cpu", dtype="float32")
+    net = plainsd.load_control(folder / "nets" / "edges.safetensors", sd)
+    control = [plainsd.Control(net, wide, 0.8, end=0.7, resize=how)]
+    expected = final(text_to_image(sd, "a", seed=3, steps=3, control=control))[0]
+    assert alike(server.picture(job["images"][0]), expected, 2)
+    (note,) = read_settings(png_of(server, job["images"][0])).control
+    assert note.resize == how and server.get(f"/api/images/{job['images'][0]}").json()["controls"][0]["resize"] == how
+    command = GenerateFlags(control=(str(folder / "nets" / "edges.safetensors"),), control_image=(folder / "map.png",))
+    wide.save(folder / "map.png")
+    assert [one["resize"] for one in control_fields(command, [note])] == [how]  # `generate --from ... --server`
+    mask = Image.new("L", (64, 64))  # a part alone is drawn, and of the map that lies there
+    mask.paste(255, (8, 8, 40, 40))
+    photo, strong = picture_of(1), UNIT | {"image": base64_of(wide), "resize": how, "strength": 8}
+    masked = {"image": base64_of(photo), "mask": base64_of(mask), "masked_padding": 4}
+    job = server.drawn(prompt="a", seed=3, steps=3, controls=[strong], **masked)
+    drawn = {
+        resize: final(
+            plainsd.inpaint(sd, "a", photo, mask, seed=3, steps=3, masked_padding=4,
+                            control=[plainsd.Control(net, wide, 8.0, end=0.7, resize=resize)])
+        )[0]
+        for resize in (how, "stretch")
+    }  # fmt: skip
+    assert alike(server.picture(job["images"][0]), drawn[how], 2) and not alike(drawn[how], drawn["stretch"], 4)
 
 
 @pytest.mark.parametrize(
@@ -193,19 +224,20 @@ def test_modes_and_thresholds_of_units():
 def test_a_map_of_another_shape_is_cropped_as_there(server, task, mode, crops):
     """By the shape of the whole picture, where a part alone is drawn."""
     wide, side = picture_of(0).resize((128, 64)), 64
-    fitting = wide.crop((32, 0, 96, 64)) if crops else wide.resize((64, 64), Image.Resampling.LANCZOS)
+    shapes = [wide.crop((32, 0, 96, 64)), wide.resize((64, 64), Image.Resampling.LANCZOS)]
     body = {"prompt": "a", "seed": 3, "steps": 2, "sampler_name": "Euler", "width": side, "height": side}
     if task == "img2img":
         mask = Image.new("L", (64, 64))
         mask.paste(255, (8, 8, 24, 24))
         body |= {"init_images": [encoded(MAP)], "mask": encoded(mask), "inpaint_full_res": True, "width": 96}
     drawn = []
-    for image in (wide, fitting):
+    for image in (wide, *(shapes if crops else reversed(shapes))):
         unit = {"image": encoded(image), "model": "edges", **mode}
         answer = server.post(f"/sdapi/v1/{task}", body | {"alwayson_scripts": {"controlnet": {"args": [unit]}}})
         assert answer.status_code == 200, answer.text
-        drawn.append(answer.json()["images"][0])
-    assert alike(*map(from_base64, drawn), 0 if crops else 3)
+        drawn.append(np.asarray(from_base64(answer.json()["images"][0])).astype(float))
+    right, wrong = (np.abs(drawn[0] - other).mean() for other in drawn[1:])
+    assert 4 * right < wrong
 
 
 @pytest.mark.parametrize("image, target, resolution", [

@@ -189,7 +189,7 @@ def control_fields(command: GenerateFlags, recorded: Sequence[ControlNote]) -> I
         yield {
             "name": name_there(path), "image": None if map is None else encoded_file(map), "preprocess": note.module,
             "strength": note.weight, "start": note.start, "end": note.end, "guess": note.guess, "mode": note.mode,
-            "kind": list(note.kinds), "resolution": note.resolution,
+            "kind": list(note.kinds), "resolution": note.resolution, "resize": note.resize,
             **(dict(zip(("low", "high"), note.thresholds, strict=True)) if note.thresholds else {}),
         }  # fmt: skip
 

@@ -137,7 +137,7 @@ def repainted(
     else:
         known = Known(latents, mask)
     if canvas.box is not None:
-        control = [replace(c, image=c.image and [*map(canvas.part_of, c.images)]) for c in control]
+        control = [replace(c, image=c.image and [canvas.part_of(one, c.resize) for one in c.images]) for c in control]
         image_prompt = [replace(p, mask=p.mask and [*map(canvas.part_of, p.masks)]) for p in image_prompt]
     maps = fitted(control, image.size, image, canvas.hole)
     joins: dict[str, Any] = {"control": maps, "image_prompt": image_prompt, "shown": image.size}

@@ -45,11 +45,12 @@ class Canvas:
     alpha: Image.Image | None = None  # ... with this opacity, of its size
     box: Box | None = None  # ... in this part of it
 
-    def part_of(self, picture: Image.Image) -> Image.Image:
-        """What lies under this canvas, at its size, of a picture that covers the whole one, of any mode and size."""
+    def part_of(self, picture: Image.Image, resize: str = "stretch") -> Image.Image:
+        """What lies under this canvas, at its size, of a picture that covers the whole one, of any mode and size;
+        `resize`: how that gets the whole one's shape."""
         if self.whole is None or self.box is None:
             return picture
-        return part_in_box(picture, self.whole.size, self.box, self.image.size)
+        return part_in_box(shaped(picture, self.whole.size, resize), self.whole.size, self.box, self.image.size)
 
     def finished(self, drawn: Image.Image) -> Image.Image:
         """The new picture in its place."""
@@ -213,6 +214,17 @@ def resized(
     if how == "fill":
         return padded(ImageOps.contain(image, size, resample), size)
     return image if image.size == size else image.resize(size, resample)
+
+
+def shaped(picture: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
+    """A picture of any mode in the shape of one of this size, at its own scale: cropped or padded, or, to be stretched,
+    as it is."""
+    if how == "stretch":
+        return picture
+    scale = (min if how == "crop" else max)(here / there for here, there in zip(picture.size, size, strict=True))
+    return resized(
+        to_rgb(picture, background="black"), (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), how
+    )
 
 
 def padded(image: Image.Image, size: tuple[int, int]) -> Image.Image:

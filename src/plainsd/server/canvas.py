@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from plainsd.pictures.images import continued
-from plainsd.pictures.masks import Box, MaskOptions, canvas_of, part_in_box, resized
+from plainsd.pictures.masks import Box, MaskOptions, canvas_of, part_in_box, resized, shaped
 from plainsd.pictures.settings import DEFAULTS, MASK_OPTIONS
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Source
@@ -28,11 +28,11 @@ class InitImages:
     alpha: Image.Image | None = None
     box: Box | None = None
 
-    def part_of(self, picture: Image.Image) -> Image.Image:
-        """Of a picture that covers the whole one, what is drawn; all of it where that is the whole."""
+    def part_of(self, picture: Image.Image, resize: str = "stretch") -> Image.Image:
+        """Of a picture that covers the whole one, what is drawn; all of it where that is the whole. See `Canvas`."""
         if self.base is None or self.box is None:
             return picture
-        return part_in_box(picture, self.base.size, self.box, self.image.size)
+        return part_in_box(shaped(picture, self.base.size, resize), self.base.size, self.box, self.image.size)
 
     def as_source(self) -> tuple[Source, dict[str, bytes]]:
         """Their file names among the inputs, and the contents of the files."""

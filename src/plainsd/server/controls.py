@@ -24,7 +24,6 @@ from plainsd.models.control import ControlNet
 from plainsd.models.t2i_adapter import T2IAdapter
 from plainsd.pictures.control import Control, control_name
 from plainsd.pictures.control_checks import mismatch
-from plainsd.pictures.masks import resized
 from plainsd.pictures.model import StableDiffusion
 from plainsd.pictures.preprocess import INPAINT, preprocessed
 from plainsd.pictures.settings import PREPROCESSORS, THRESHOLDS
@@ -194,14 +193,11 @@ def controls_of(
     where it is not that of `base`."""
     controls, control_inputs, files = [], [], {}
     size = base.image.size if base is not None else size
-    whole = base.base.size if base is not None and base.base is not None and base.box is not None else size
     for number, unit in enumerate(units):
         with of_unit("controls", units, number):
             map, file = map_of_unit(unit, limits, base, size), None
-            if map is not None and unit.image is not None and unit.cropped and whole is not None:
-                map = cropped(map, whole)
             if map is not None and unit.image is not None and base is not None:
-                map = base.part_of(map)
+                map = base.part_of(map, unit.resize)
             if map is not None:
                 content = png(map)
                 file = input_name(content)
@@ -210,7 +206,7 @@ def controls_of(
             thresholds = (unit.low, unit.high) if made and (unit.low, unit.high) != THRESHOLDS else None
             entry = ControlInput(unit.name, file, unit.strength, unit.start, unit.end, unit.guess, unit.mode,
                                  tuple(unit.kind), unit.preprocess, thresholds,
-                                 unit.resolution if made else None)  # fmt: skip
+                                 unit.resolution if made else None, unit.resize)  # fmt: skip
             controls.append(as_control(entry, nets.bare(unit.name), map, nets))
             control_inputs.append(entry)
     return controls, control_inputs, files
@@ -240,12 +236,6 @@ def map_of_unit(
     return map_within(limits, given, unit.preprocess, (unit.low, unit.high), unit.resolution)
 
 
-def cropped(map: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """The middle of a map, in the shape of a picture of this size: what A1111's extension calls crop and resize."""
-    scale = min(here / there for here, there in zip(map.size, size, strict=True))
-    return resized(map, (max(1, round(size[0] * scale)), max(1, round(size[1] * scale))), "crop")
-
-
 def filling_resolution(size: tuple[int, int], target: tuple[int, int]) -> int:
     """The shorter side of a picture of this size, scaled until it covers the target: what A1111's extension calls
     pixel perfect."""
@@ -269,7 +259,7 @@ def as_control(
 ) -> Control:
     name = control_name(nets.path(entry.net))
     return Control(net, map, entry.strength, entry.start, entry.end, entry.guess, entry.mode, entry.kinds or None, name,
-                   entry.preprocess, entry.thresholds, entry.resolution)  # fmt: skip
+                   entry.preprocess, entry.thresholds, entry.resolution, entry.resize)  # fmt: skip
 
 
 def control_at(

@@ -59,7 +59,8 @@ def controls_as_json(notes: tuple[ControlNote, ...]) -> list[dict[str, Any]]:
         {"name": note.model.rpartition(" [")[0] or note.model, "strength": note.weight, "start": note.start,
          "end": note.end, "guess": note.guess, "mode": note.mode, "preprocess": note.module, "kind": list(note.kinds),
          **(dict(zip(("low", "high"), note.thresholds, strict=True)) if note.thresholds else {}),
-         **({"resolution": note.resolution} if note.resolution else {})}
+         **({"resolution": note.resolution} if note.resolution else {}),
+         **({"resize": note.resize} if note.resize != "stretch" else {})}
         for note in notes
     ]  # fmt: skip
 

@@ -90,8 +90,10 @@ class ControlRequest(UnitRequest, Preprocessing):
     guess: bool = Field(False, description="prompted rows only, less for finer parts")
     mode: Name = Field("balanced", description="balanced, prompt or control: which is more important, as in A1111")
     kind: list[int] = Field([], max_length=1, description="of the map, for a net of several kinds (union), from 0")
+    resize: Literal["stretch", "crop", "fill"] = Field(
+        "stretch", description="what is done with a map of another shape than the picture, whose size it gets"
+    )
     _pixel_perfect: bool = PrivateAttr(False)
-    _cropped: bool = PrivateAttr(False)
 
     @property
     def pixel_perfect(self) -> bool:
@@ -101,15 +103,6 @@ class ControlRequest(UnitRequest, Preprocessing):
     @pixel_perfect.setter
     def pixel_perfect(self, is_it: bool) -> None:
         self._pixel_perfect = is_it
-
-    @property
-    def cropped(self) -> bool:
-        """Likewise: a map of another shape than the picture is cropped, not stretched."""
-        return self._cropped
-
-    @cropped.setter
-    def cropped(self, is_it: bool) -> None:
-        self._cropped = is_it
 
 
 class ImagePromptRequest(UnitRequest):

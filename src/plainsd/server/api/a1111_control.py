@@ -90,7 +90,7 @@ def unit_of(unit: dict[str, Any], init_images: list[str] | None = None) -> Contr
     except ValueError as error:
         raise APIError(422, f"{' '.join(str(error).split())[:200]}", FIELD) from None
     if isinstance(made, ControlRequest):
-        made.cropped = unit.get("resize_mode") not in STRETCHED
+        made.resize = "stretch" if unit.get("resize_mode") in STRETCHED else "crop"
         made.pixel_perfect = module != "none" and bool(unit.get("pixel_perfect"))
     return made
 

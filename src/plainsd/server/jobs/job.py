@@ -34,6 +34,7 @@ class ControlInput:
     preprocess: str  # what has made it, for the text ...
     thresholds: tuple[float, float] | None = None  # ... and how
     resolution: int | None = None
+    resize: str = "stretch"  # how the map has got the picture's shape
 
 
 @dataclass(frozen=True)

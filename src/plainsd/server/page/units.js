@@ -5,7 +5,8 @@ import { PICTURES, UNREADABLE, button, labelled, number, numbered, numbers, opti
 import * as keep from "./keep.js";
 import * as paint from "./paint.js";
 
-const DEFAULTS = { strength: 1, start: 0, end: 1, guess: false, mode: "balanced", preprocess: "none", low: 100, high: 200, resolution: "" };
+const DEFAULTS = { strength: 1, start: 0, end: 1, guess: false, mode: "balanced", preprocess: "none", low: 100, high: 200, resolution: "", resize: "stretch" };
+const RESIZES = [["stretch", "stretched"], ["crop", "cropped"], ["fill", "padded"]];
 let info;
 let fitting = []; // names of the nets that fit the model
 let units = [];
@@ -39,7 +40,7 @@ function add(given) {
   const inputs = {
     name: select([]), preprocess: select(info.preprocessors.map((name) => [name, name])), mode: select(Object.entries(info.control_modes)),
     strength: number(0, 10, 0.05), start: number(0, 1, 0.05), end: number(0, 1, 0.05), low: number(0, 10000, 10), high: number(0, 10000, 10),
-    resolution: number(64, 2048, 8), kind: number(0, 15, 1), guess: element("input", { type: "checkbox" }),
+    resolution: number(64, 2048, 8), resize: select(RESIZES), kind: number(0, 15, 1), guess: element("input", { type: "checkbox" }),
   };
   const unit = { image: given.image ?? null, inputs, turn: 0 };
   nets(unit, given.name);
@@ -56,7 +57,7 @@ function add(given) {
 }
 
 function build(unit) {
-  const { name, preprocess, mode, strength, start, end, low, high, resolution, kind, guess } = unit.inputs;
+  const { name, preprocess, mode, strength, start, end, low, high, resolution, resize, kind, guess } = unit.inputs;
   unit.file = element("input", { type: "file", accept: PICTURES });
   unit.drop = element("label", { className: "drop" }, unit.file, element("span", { textContent: "Drop a map here, paste one, or choose a file" }));
   unit.under = element("img", { className: "under", alt: "The picture that is drawn over", hidden: true });
@@ -69,12 +70,13 @@ function build(unit) {
   unit.note = element("p", { className: "hint" });
   unit.guess = element("label", { className: "check" }, guess, "Guess mode");
   unit.kind = labelled("Kind of map", kind);
+  unit.resize = labelled("A map of another shape is", resize);
   const remove = button("Remove");
   unit.legend = element("span", {});
   unit.root = element("fieldset", { className: "unit" },
     element("legend", {}, unit.legend), labelled("Net", name), labelled("Preprocessor", preprocess), unit.canny, unit.drop, unit.note, unit.shown,
     unit.seeing, element("div", { className: "trio" }, labelled("Strength", strength), labelled("From", start), labelled("to", end)),
-    element("div", { className: "pair" }, labelled("Control mode", mode), unit.kind), unit.guess, element("div", { className: "tools" }, unit.other, remove));
+    element("div", { className: "pair" }, labelled("Control mode", mode), unit.kind), unit.resize, unit.guess, element("div", { className: "tools" }, unit.other, remove));
   unit.file.onchange = () => unit.file.files[0] && take(unit.root, unit.file.files[0]);
   unit.other.onclick = () => unit.file.click();
   unit.opacity.oninput = () => showUnder(unit);
@@ -111,6 +113,7 @@ async function refresh(unit) {
   unit.kind.hidden = net.kinds === 0;
   unit.inputs.kind.max = Math.max(0, net.kinds - 1);
   unit.guess.hidden = net.adapter;
+  unit.resize.hidden = reads;
   unit.drop.hidden = reads || unit.image !== null;
   unit.other.hidden = reads || unit.image === null;
   unit.root.querySelector(".error")?.remove();
@@ -153,11 +156,12 @@ function showUnder(unit) {
 
 // As it is kept in the browser: fields of a request, and its picture as a Blob.
 function state(unit) {
-  const { name, preprocess, mode, guess, kind, low, high, resolution, strength, start, end } = unit.inputs;
+  const { name, preprocess, mode, guess, kind, low, high, resolution, resize, strength, start, end } = unit.inputs;
   const net = info.control_nets[name.value];
   return {
     name: name.value, preprocess: preprocess.value, mode: mode.value, guess: guess.checked && !net?.adapter, image: unit.image,
     ...numbers({ strength, start, end }), ...(preprocess.value === "canny" ? numbers({ low, high, resolution }) : {}),
+    ...(resize.value === "stretch" ? {} : { resize: resize.value }),
     ...(net?.kinds ? { kind: Object.values(numbers({ kind })) } : {}),
   };
 }

@@ -68,8 +68,8 @@ def found_at(
         for named, _, _ in [] if file_named(path, METADATA) else kohya_folders(path)[:1]:
             say(f"{path}: {named.name!r} is read like any folder; with --data 'kohya:{path}' its name counts")
         return items_of(path, reading, repeats, say)
-    parts = by_split(path, files, reading.split)
-    if isinstance(parts, dict) and (apart := len(files) - sum(map(len, parts.values()))):
+    split = by_split(path, files, reading.split)
+    if isinstance(split, dict) and (apart := len(files) - sum(map(len, split.values()))):
         say(f"{path}: {apart} of {len(files)} files are of other splits than {reading.split}, and are left out")
     if reading.stream:
         folder = fetched_rows(place, kind, files, cache, reading)

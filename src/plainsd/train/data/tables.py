@@ -129,7 +129,7 @@ def by_split(place: Path, files: list[str], split: str) -> list[str] | dict[str,
     asked = {word: SPLITS.get(word, word) for word in re.findall(r"[A-Za-z_]\w*", split)}
     found = {word: [file for file in files if named[file] == name] for word, name in asked.items()}
     if missing := [word for word, these in found.items() if not these]:
-        there = ", ".join(sorted({*named.values()} - {None}))
+        there = ", ".join(sorted({name for name in named.values() if name}))
         raise UserError(f"{place} has no files of split {missing[0]}, but of {there}; give --split one of them")
     return found
 
