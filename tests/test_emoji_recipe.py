@@ -285,6 +285,16 @@ FEW = ["--emoji", "5", "--count", "3", "--heldout-count", "2"]
 
 
 @needs_font
+@pytest.mark.parametrize("name", ["metadata.jsonl", "heldout/metadata.jsonl"])
+def test_captions_of_others_are_not_replaced(data, tmp_path, capsys, name):
+    file = tmp_path / "out" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    assert data.main([str(tmp_path / "out"), *FEW]) == 2 and file.read_text() == "mine"
+    assert f"{file} is not of this recipe, which would replace it; give another folder" in capsys.readouterr().err
+
+
+@needs_font
 def test_a_second_set_in_a_folder_leaves_nothing_of_the_first(data, monkeypatch, tmp_path):
     def stopped(*_):
         raise KeyboardInterrupt

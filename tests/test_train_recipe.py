@@ -63,6 +63,19 @@ def test_the_same_files_each_time(drawings):
     assert one == two and len({one[path] for path in one if path.suffix == ".png"}) == 6
 
 
+def test_drawn_again_nothing_of_before_is_left_and_nothing_of_others_goes(drawings, capsys):
+    data, out = script("data"), drawings / "again"
+    flags = [str(out), "--model", str(drawings / "model"), "--heldout-share", "0"]
+    assert data.main([*flags, "--views", "2"]) == 0
+    (out / "drawings" / "IMG-1234.png").write_text("mine")
+    assert data.main([*flags, "--views", "1"]) == 0
+    assert {path.name for path in (out / "drawings").glob("*.png")} == {"cat-0.png", "red-apple-0.png", "IMG-1234.png"}
+    (out / "drawings" / "cat-1.png").write_text("mine")
+    assert data.main([*flags, "--views", "2"]) == 2
+    assert "cat-1.png is not of this recipe; give another folder" in capsys.readouterr().err
+    assert (out / "drawings" / "cat-1.png").read_text() == "mine" and (out / "drawings" / "cat-0.txt").is_file()
+
+
 def test_a_font_that_is_not_there(tmp_path, capsys):
     assert script("data").main([str(tmp_path), "--font", str(tmp_path / "none.ttf")]) == 2
     assert "apt-get install fonts-symbola" in capsys.readouterr().err

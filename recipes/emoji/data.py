@@ -263,6 +263,9 @@ def build(options: argparse.Namespace) -> None:
             f"--heldout-share {options.heldout_share:g} leaves no pair of emoji and background to train on; give a "
             "smaller one"
         )
+    for file in (options.out / "metadata.jsonl", options.out / "heldout" / "metadata.jsonl"):
+        if file.exists() and not (options.out / "concepts.json").exists():
+            raise UserError(f"{file} is not of this recipe, which would replace it; give another folder")
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "metadata.jsonl").unlink(missing_ok=True)  # first, so that a run stopped here leaves no whole set
     remove_heldout(options.out / "heldout")

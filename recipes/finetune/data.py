@@ -12,14 +12,13 @@ before, they take the place of its drawings.
 
 import argparse
 import random
-import re
 import sys
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from plainsd.cli import exit_code
-from plainsd.disk import read_json
+from plainsd.disk import read_json, written_whole
 from plainsd.emoji import drawing
 from plainsd.errors import UserError
 from plainsd.files.hub import find
@@ -28,7 +27,7 @@ FONT = Path("/usr/share/fonts/truetype/ancient-scripts/Symbola_hint.ttf")
 DRAWN, SIDE = 400, 128  # pixels: the font's size, and a picture's side (training scales it)
 NOWHERE = "\U0010ffff"  # no font has this, so it shows what a font draws for what it lacks
 CAPTIONS = ("{phrase}, line drawing", "a line drawing of {phrase}")
-OURS = re.compile(r".+-\d+\.(png|txt)")  # the names of the files
+WRITTEN = "written.txt"  # names what this has written, to be removed when it is run again
 UNSEEN = ("octopus", "rocket", "guitar")  # in prompts.txt; held out in any case
 
 
@@ -45,11 +44,15 @@ def glyph(font: ImageFont.FreeTypeFont, character: str) -> Image.Image | None:
     return picture.crop(box)
 
 
+def names_of(concept: drawing.Concept, views: int) -> list[str]:
+    return [f"{concept.name.replace(' ', '-')}-{view}.png" for view in range(views)]
+
+
 def write_drawings(folder: Path, concept: drawing.Concept, glyph: Image.Image, views: int) -> None:
     """Size and place are drawn from the name."""
-    for view in range(views):
+    for view, name in enumerate(names_of(concept, views)):
         place = drawing.random_place(f"line:{concept.name}:{view}", glyph.size, SIDE)
-        path = folder / f"{concept.name.replace(' ', '-')}-{view}.png"
+        path = folder / name
         drawing.draw_picture(glyph, (255, 255, 255), SIDE, place).save(path)
         lines = [caption.format(phrase=concept.phrase) + "\n" for caption in CAPTIONS]
         path.with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
@@ -64,6 +67,20 @@ def open_outlines(path: Path) -> ImageFont.FreeTypeFont:
         raise UserError(
             f"{path} is not a font of outlines ({error}); apt-get install fonts-symbola, or give another --font FILE"
         ) from None
+
+
+def replace_written(folder: Path, wanted: list[str]) -> None:
+    """Removes what an earlier run has written, and notes what this one is going to write. UserError where that would
+    replace the pictures of others."""
+    listing = folder / WRITTEN
+    before = listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else []
+    if others := [name for name in wanted if name not in set(before) and (folder / name).exists()]:
+        raise UserError(f"{folder / others[0]} is not of this recipe; give another folder")
+    for name in before:
+        for path in (folder / name, (folder / name).with_suffix(".txt")):
+            path.unlink(missing_ok=True)
+    with written_whole(listing) as draft:
+        draft.write_text("".join(f"{name}\n" for name in wanted), encoding="utf-8")
 
 
 def build(options: argparse.Namespace) -> None:
@@ -84,12 +101,11 @@ def build(options: argparse.Namespace) -> None:
         )
     for name in ("drawings", "heldout"):
         (options.out / name).mkdir(parents=True, exist_ok=True)
-        for path in list((options.out / name).iterdir()):
-            if OURS.fullmatch(path.name):
-                path.unlink()
-    for concept, drawn in drawings.items():
-        place, views = ("heldout", 1) if concept in heldout else ("drawings", options.views)
-        write_drawings(options.out / place, concept, drawn, views)
+    places = {concept: ("heldout", 1) if concept in heldout else ("drawings", options.views) for concept in drawings}
+    wanted = [f"{place}/{name}" for concept, (place, views) in places.items() for name in names_of(concept, views)]
+    replace_written(options.out, wanted)
+    for concept, (place, views) in places.items():
+        write_drawings(options.out / place, concept, drawings[concept], views)
     print(
         f"{options.out}: {len(drawings) - len(heldout)} things drawn {options.views} times, {len(heldout)} held out; "
         f"the font lacks {len(concepts) - len(drawings)}"
