@@ -28,16 +28,20 @@ OPTIONS = {"sampler": "ddim", "spacing": "leading", "steps": 6, "seed": 3, "guid
 
 @torch.no_grad()
 def tiny_net(sd, seed: int = 0, **more) -> ControlNet:
-    """A net that changes pictures much, and by what its map shows."""
+    """A net that changes pictures much, whatever its map shows: see `reading_its_map`."""
     torch.manual_seed(seed)
     net = ControlNet(ControlConfig(control_of(sd.unet, HINT).config, HINT, **more)).eval()
-    for module in [*net.hint][:-1]:
-        if isinstance(module, torch.nn.Conv2d) and not net.union:
-            module.weight.data *= 4
     for module in (*net.zero, net.hint[-1], *([net.union.shift] if net.union else [])):
         torch.nn.init.normal_(module.weight, std=0.5)
     if net.union:
         net.union.time[2].weight *= 20
+    return net
+
+
+def reading_its_map(net: ControlNet) -> ControlNet:
+    for module in [*net.hint][:-1]:
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.data *= 4
     return net
 
 

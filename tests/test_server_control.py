@@ -10,7 +10,7 @@ import pytest
 from conftest import tiny_sd
 from PIL import Image
 from serving import alike, base64_of, from_base64, model_folder, open_service, served
-from test_control_pictures import picture_of, tiny_net
+from test_control_pictures import picture_of, reading_its_map, tiny_net
 
 import plainsd
 from plainsd.commands.flags import GenerateFlags
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     nets, sd = folder / "nets", tiny_sd()
     nets.mkdir()
-    plainsd.save_control(tiny_net(sd), nets / "edges.safetensors")
+    plainsd.save_control(reading_its_map(tiny_net(sd)), nets / "edges.safetensors")
     plainsd.save_control(tiny_net(sd, 1), nets / "depth")
     plainsd.save_control(tiny_net(tiny_sd(channels=(32, 32))), nets / "narrow.safetensors")
     (nets / "broken.safetensors").write_bytes(b"no such thing")

@@ -291,19 +291,19 @@ OF_MODELS = re.compile(  # names in folders of models and parts
     r"|(diffusion_pytorch_|pytorch_)?model(-\d+-of-\d+)?(\.(fp16|bf16|fp32|ema|non_ema))?(-\d+-of-\d+)?"
     r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?|leftovers\.safetensors"
 )
-WHOLE = "a whole model"
+WHOLE_MODEL = "a whole model"
 
 
 def kind_of(folder: Path) -> str | None:
-    """What lies there in diffusers' or transformers' layout: WHOLE, or the class of a part. None for something else:
-    other programs have a config.json too."""
+    """What lies there in diffusers' or transformers' layout: WHOLE_MODEL, or the class of a part. None for something
+    else: other programs have a config.json too."""
     for name, marks in (("model_index.json", ("_class_name", "unet")), ("config.json", ("_class_name",))):
         try:
             content = parsed_json((folder / name).read_text("utf-8"))
         except (OSError, ValueError):
             continue
         if isinstance(content, dict) and any(mark in content for mark in marks):
-            return str(content["_class_name"]) if name == "config.json" else WHOLE
+            return str(content["_class_name"]) if name == "config.json" else WHOLE_MODEL
     return None
 
 

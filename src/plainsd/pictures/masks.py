@@ -50,7 +50,7 @@ class Canvas:
         `resize`: how that gets the whole one's shape."""
         if self.whole is None or self.box is None:
             return picture
-        return part_in_box(shaped(picture, self.whole.size, resize), self.whole.size, self.box, self.image.size)
+        return part_in_box(in_shape_of(picture, self.whole.size, resize), self.whole.size, self.box, self.image.size)
 
     def finished(self, drawn: Image.Image) -> Image.Image:
         """The new picture in its place."""
@@ -216,7 +216,7 @@ def resized(
     return image if image.size == size else image.resize(size, resample)
 
 
-def shaped(picture: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
+def in_shape_of(picture: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """A picture of any mode in the shape of one of this size, at its own scale: cropped or padded, or, to be stretched,
     as it is."""
     if how == "stretch":

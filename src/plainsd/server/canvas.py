@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from plainsd.pictures.images import continued
-from plainsd.pictures.masks import Box, MaskOptions, canvas_of, part_in_box, resized, shaped
+from plainsd.pictures.masks import Box, MaskOptions, canvas_of, in_shape_of, part_in_box, resized
 from plainsd.pictures.settings import DEFAULTS, MASK_OPTIONS
 from plainsd.server.errors import APIError
 from plainsd.server.jobs.job import Source
@@ -32,7 +32,7 @@ class InitImages:
         """Of a picture that covers the whole one, what is drawn; all of it where that is the whole. See `Canvas`."""
         if self.base is None or self.box is None:
             return picture
-        return part_in_box(shaped(picture, self.base.size, resize), self.base.size, self.box, self.image.size)
+        return part_in_box(in_shape_of(picture, self.base.size, resize), self.base.size, self.box, self.image.size)
 
     def as_source(self) -> tuple[Source, dict[str, bytes]]:
         """Their file names among the inputs, and the contents of the files."""

@@ -28,7 +28,7 @@ from plainsd.train.data.pictures import PictureSet, read_pictures
 from plainsd.train.data.run_data import heldout_folder
 from plainsd.train.data.sources import folder_of
 from plainsd.train.gradient_checkpointing import checkpointing
-from plainsd.train.job import EMBEDS, TrainJob, lora_endings, plain_name
+from plainsd.train.job import EMBEDS, TrainJob, lora_endings, word_as_file
 from plainsd.train.methods.controlnet import check_maps, check_start, controlnet
 from plainsd.train.methods.dreambooth import PRIOR_FILE, check_whole_set, make_prior
 from plainsd.train.methods.finetune import FineTune, frozen
@@ -106,7 +106,7 @@ def train_inversion(job: TrainJob) -> None:
         raise UserError("method inversion learns a few numbers; leave out --shard")
     if not token:
         raise UserError("method inversion needs --token, the new word that the captions use, such as '<cat>'")
-    plain = plain_name(token)
+    plain = word_as_file(token)
 
     def check(sd: StableDiffusion, pictures: PictureSet) -> None:
         check_word(sd, token, first_rows(sd, own.initial, own.vectors, job.options.pace.seed))

@@ -60,7 +60,7 @@ OTHER_MODELS = {  # else it has other weights
 EMBEDS = "learned_embeds"  # diffusers' name of a learned word's file
 
 
-def plain_name(token: str) -> str:
+def word_as_file(token: str) -> str:
     """A learned word as a file's name."""
     return re.sub(r"[^\w.-]+", "-", token).strip("-.") or "word"
 
@@ -99,7 +99,7 @@ class TrainJob:
         if options.method == "vae":
             return [self.out / "vae"]
         if options.method == "inversion":
-            return [self.out / f"{name}.safetensors" for name in (plain_name(options.inversion.token or ""), EMBEDS)]
+            return [self.out / f"{name}.safetensors" for name in (word_as_file(options.inversion.token or ""), EMBEDS)]
         if options.method == "lora":
             return [place.with_name(place.name + ending) for ending in lora_endings(options.lora.kind).values()]
         file = place.with_name(f"{place.name}.safetensors")
